@@ -1,0 +1,121 @@
+"""Files that a run continues from: written as a whole or not at all, read without executing anything."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = "pyrovae checkpoint 1"
+Row = dict[str, float | int | None]  # one epoch's metrics
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another model."""
+
+
+def read_metrics(directory: Path) -> list[Row]:
+    """The rows of `metrics.jsonl`, up to the first that is incomplete; none if there is no file."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (directory / "metrics.jsonl").read_text().splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+def load_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """The contents of a checkpoint, which are plain types and tensors only: nothing in it is executed.
+
+    Raises:
+        CheckpointError: No such file, a damaged one, or one of another program.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"expected a checkpoint at {path}, got no such file")
+    with explained(path):
+        state = torch.load(path, map_location=device, weights_only=True)
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
+    return state
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Whatever a damaged or foreign file makes torch raise, as one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError) as error:
+        reason = _first_line(error)
+    except pickle.UnpicklingError:
+        reason = "contents that only an unsafe load would read"
+    else:
+        return
+    raise CheckpointError(f"expected an undamaged checkpoint of this run at {path}, got: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__} {str(error).strip().splitlines()[0] if str(error).strip() else ''}".strip()
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """torch.save, such that a kill at any moment leaves the old file or the new one."""
+    with _replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Text to a file, such that a kill at any moment leaves the old file or the new one."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(path.name + ".part")
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Every random state (torch's, Python's, numpy's) as tensors and plain types."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `random_states`."""
+    version, internal, gauss = states["python"]
+    name, keys, position, has_gauss, cached = states["numpy"]
+    torch.set_rng_state(states["torch"].cpu())
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+@contextlib.contextmanager
+def preserved_random_states() -> Iterator[None]:
+    """On leaving, every random state is as it was."""
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        set_random_states(states, device)

@@ -1,0 +1,195 @@
+"""The commands: parse, call the package, print. Their options are made from Config and the registries."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyrovae import runs
+from pyrovae.cli import SUMMARIES
+from pyrovae.config import Config
+from pyrovae.data import DATASETS
+from pyrovae.estimators import ESTIMATORS
+from pyrovae.evaluation import bits_per_dim
+from pyrovae.guides import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
+from pyrovae.training import DivergedError, Fit, describe
+
+EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parsed(click.ParamType):
+    """A click type from a parser that raises ValueError."""
+
+    name = "value"
+
+    def __init__(self, parse):
+        self.parse = parse
+
+    def convert(self, value, param, ctx):
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not {param.metavar or param.type.name}", param, ctx)
+
+
+def _option(field: Field) -> click.Option:
+    """The option of a Config field: its flags, type, default and help."""
+    meta = field.metadata
+    flags = [_flag(field.name)]
+    kind: Any = click.Choice(list(meta["choices"])) if meta["choices"] else meta["parse"]
+    if meta["parse"] is bool:
+        flags[0] += f"/{_flag('no_' + field.name)}"
+    elif kind not in (int, float, str) and not meta["choices"]:
+        kind = _Parsed(meta["parse"])
+    if meta["short"]:
+        flags.append(f"-{meta['short']}")
+    assert field.default is not MISSING
+    return click.Option(
+        flags,
+        type=kind,
+        default=field.default,
+        metavar=meta.get("metavar"),
+        show_default=meta.get("shown", True),
+        help=meta["help"],
+    )
+
+
+def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The options that were on the command line."""
+    return {
+        name: value
+        for name, value in values.items()
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A wrong call or file as one line and exit code 2, a failed run as one line and exit code 1."""
+    try:
+        yield
+    except DivergedError as error:
+        _fail(str(error), EXIT_FAILED)
+    except ValueError as error:
+        _fail(_with_flags(str(error)), EXIT_WRONG_CALL)
+    except (OSError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__, EXIT_WRONG_CALL)
+
+
+def _with_flags(message: str) -> str:
+    """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
+    names = "|".join(field.name for field in fields(Config)) + "|out|which"
+    return re.sub(rf"^expected ({names})\b", lambda match: f"expected {_flag(match[1])}", message)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(code)
+
+
+def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) -> None:
+    ctx = click.get_current_context()
+    with _one_line_errors():
+        if resume is None:
+            config = Config(**settings)
+            _say(quiet, _plan(config))
+            run, result = runs.train(config, out=out, quiet=quiet)
+        elif out is not None:
+            raise runs.RunError("expected out without --resume, which continues in the run's own directory")
+        else:
+            run, result = runs.resume(resume, changes=_given(ctx, settings), quiet=quiet)
+        if result.stopped_by is not None and not result.progress.finished:
+            click.echo(
+                f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
+                f"  {_program(ctx)} train --resume {run}",
+                err=True,
+            )
+            raise click.exceptions.Exit(128 + result.stopped_by)
+        click.echo(str(run) if quiet else _summary(run, result))
+
+
+def _program(ctx: click.Context) -> str:
+    path = ctx.find_root().info_name or "pyrovae"
+    return f"python {path}" if path.endswith(".py") else path
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        click.echo(text)
+
+
+def _plan(config: Config) -> str:
+    caveat = "" if config.make_likelihood(256).normalised else " (a pseudo-likelihood: its ELBO bounds nothing)"
+    return (
+        f"{config.dataset}, {config.likelihood} likelihood{caveat}, {config.network}, "
+        f"{config.latent_dim}-d latent, {config.guide} guide, {config.estimator} estimator, "
+        f"on {config.device()}"
+    )
+
+
+def _summary(run: Path, result: Fit) -> str:
+    best = result.history[result.progress.best_epoch - 1]
+    lines = [
+        f"Trained {result.progress.epoch} epochs; validation was best at epoch {best['epoch']}:",
+        f"  {describe(best)} nats per image",
+    ]
+    config, data = runs.read_config(run)
+    vae = runs.load(run)
+    pixels = data["shape"][0] * data["shape"][1] * data["shape"][2]
+    bits = bits_per_dim(vae, best["validation_elbo"], pixels)
+    if bits is not None:
+        lines.append(f"  validation: at most {bits:.4f} bits per dimension")
+    if config.likelihood == "gaussian" and best["loss_without_constant"] is not None:
+        last = result.history[-1]
+        lines.append(f"  final training loss SSE/(2c) + KL: {last['loss_without_constant']:.1f} nats per image")
+    return "\n".join([*lines, f"Figures and checkpoints: {run}"])
+
+
+train_command = click.Command(
+    "train",
+    callback=_train,
+    help=SUMMARIES["train"],
+    params=[
+        *(_option(field) for field in fields(Config)),
+        click.Option(
+            ["--out", "-o"],
+            metavar="DIR",
+            show_default="runs/<dataset>-<likelihood>-<n>",
+            help="A new or empty directory for the run.",
+        ),
+        click.Option(
+            ["--resume"],
+            metavar="RUN",
+            help="Continue this run; only --epochs, --patience, --cuda and --data-dir may differ.",
+        ),
+        click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
+    ],
+)
+
+
+def _list() -> None:
+    registries = {
+        "likelihoods": LIKELIHOODS,
+        "networks": NETWORKS,
+        "guides": GUIDES,
+        "estimators": ESTIMATORS,
+        "datasets": DATASETS,
+    }
+    for title, registry in registries.items():
+        click.echo(f"{title}:")
+        for name, entry in registry.items():
+            click.echo(f"  {name:<22}{inspect.getdoc(entry).splitlines()[0]}")
+
+
+list_command = click.Command("list", callback=_list, help=SUMMARIES["list"])

@@ -1,0 +1,267 @@
+"""One frozen dataclass that names a run, and the objects it stands for.
+
+Each field is also an option of `pyrovae train`, and a key of a run's `config.json`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pyrovae.data import DATASETS, Dataset, load_dataset
+from pyrovae.estimators import ESTIMATORS, Estimator
+from pyrovae.guides import GUIDES, SCALE_HEADS
+from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
+from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
+from pyrovae.vae import VAE
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _dataset(text: str) -> str:
+    """A name as it is; an existing path as an absolute one, so that a run can be resumed from anywhere."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text not in DATASETS and path.exists() else text
+
+
+def _directory(text: str) -> str:
+    return str(Path(text).expanduser().resolve())
+
+
+def _limit(text: str) -> tuple[int, int | None]:
+    train, _, validation = text.partition("/")
+    return int(train), int(validation) if validation else None
+
+
+def _variance(text: str) -> float | Literal["learned"]:
+    return "learned" if text == "learned" else float(text)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    short: str = "",
+    choices: Mapping | None = None,
+    parse: Callable | None = None,
+    **shown: str,
+):
+    """A field of Config with what the command line needs: its help, short flag, choices, and parser.
+
+    Further keywords, for the help only: `metavar`, and `shown` for a default that depends on others.
+    """
+    metadata = {"help": help, "short": short, "choices": choices, "parse": parse or type(default), **shown}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a training run is made from. None means the default of the part concerned.
+
+    Raises:
+        ValueError: A setting is out of range, unknown, or does not belong to the chosen parts.
+
+    Example:
+        >>> Config(likelihood="gaussian", c=0.1, latent_dim=5).make_likelihood(levels=17)
+        Gaussian(c=0.1)
+    """
+
+    dataset: str = option(
+        "digits",
+        f"Images: {', '.join(DATASETS)}, or a path to an .npz, a .npy or a folder of image files.",
+        short="d",
+        parse=_dataset,
+    )
+    data_dir: str | None = option(
+        None,
+        "Where downloaded datasets lie or go.",
+        parse=_directory,
+        metavar="DIR",
+        shown="$PYROVAE_DATA or ~/.cache/pyrovae",
+    )
+    limit: tuple[int, int | None] | None = option(
+        None,
+        "Use at most this many training (and validation) images, drawn with the seed.",
+        parse=_limit,
+        metavar="N[/M]",
+        shown="all",
+    )
+    image_size: int | None = option(
+        None,
+        "Resize and crop a folder's images to this side.",
+        parse=int,
+        metavar="PIXELS",
+        shown="as they are",
+    )
+    likelihood: str = option("bernoulli", "p(x|z).", short="l", choices=LIKELIHOODS)
+    binarize: str | None = option(
+        None,
+        "How a Bernoulli observes grey pixels; soft is a pseudo-likelihood.",
+        choices=BINARIZATIONS,
+        shown="stochastic",
+    )
+    c: float | Literal["learned"] | None = option(
+        None, "A Gaussian pixel's variance, or 'learned'.", parse=_variance, metavar="VARIANCE", shown="0.05"
+    )
+    levels: int | None = option(
+        None,
+        "A categorical pixel's grey levels, 2 to 256.",
+        parse=int,
+        metavar="N",
+        shown="17 for digits, 256 elsewhere",
+    )
+    latent_dim: int = option(2, "Dimensions of z.", short="z")
+    network: str = option("mlp", "Encoder and decoder.", choices=NETWORKS)
+    hidden: tuple[int, ...] | None = option(
+        None,
+        "The MLP encoder's hidden widths; the decoder mirrors them.",
+        parse=_integers,
+        metavar="N,N,...",
+        shown="300,100,10",
+    )
+    channels: tuple[int, ...] | None = option(
+        None,
+        "The CNN encoder's channels; the decoder mirrors them.",
+        parse=_integers,
+        metavar="N,N,...",
+        shown="32,64,32",
+    )
+    activation: str | None = option(None, "Of the hidden layers.", choices=ACTIVATIONS, shown="elu")
+    guide: str = option("mean-field", "q(z|x).", choices=GUIDES)
+    scale_head: str | None = option(
+        None, "How a network output becomes the guide's variance.", choices=SCALE_HEADS, shown="softplus"
+    )
+    estimator: str = option("elbo", "The bound and its gradient.", choices=ESTIMATORS)
+    use_rep: bool = option(True, "Pathwise gradients (the reparameterization trick), or the score function.")
+    particles: int = option(1, "Monte Carlo samples per image, K.", short="K")
+    beta: float = option(1.0, "Weight of the KL; at 1 the objective is the ELBO.")
+    kl_warmup: int = option(0, "Epochs over which that weight rises linearly.", metavar="EPOCHS")
+    epochs: int = option(100, "Passes over the training images.", short="e")
+    batch_size: int = option(128, "Images per step.", short="b")
+    lr: float = option(1e-3, "Adam's learning rate.")
+    patience: int | None = option(
+        None,
+        "Stop after this many epochs without a better validation objective.",
+        parse=int,
+        metavar="EPOCHS",
+        shown="never",
+    )
+    seed: int = option(0, "Of weights, noise, data order and subsets.", short="s")
+    cuda: bool = option(False, "Run on the GPU.")
+    figure_epochs: tuple[int, ...] = option(
+        (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+        "Epochs, besides the last, whose reconstructions are pictured.",
+        parse=_integers,
+        metavar="N,N,...",
+        shown="1,2,5,10,20,50,100,...",
+    )
+
+    def __post_init__(self):
+        for name in ("latent_dim", "particles", "epochs", "batch_size", "patience", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
+        if self.limit is not None and min(n for n in self.limit if n is not None) < 1:
+            raise ValueError(f"expected limit of at least 1 image, got {self.limit}")
+        if self.kl_warmup < 0:
+            raise ValueError(f"expected kl_warmup >= 0, got {self.kl_warmup}")
+        for name in ("beta", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
+        for field in fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"expected {field.name} in {', '.join(choices)}, got {value!r}")
+        self._check_belonging("likelihood", LIKELIHOODS)
+        self._check_belonging("network", NETWORKS)
+        self.make_likelihood(levels=256)
+        self.make_network()
+
+    def make_dataset(self) -> Dataset:
+        """The images, in memory on the CPU."""
+        return load_dataset(
+            self.dataset,
+            data_dir=Path(self.data_dir) if self.data_dir else None,
+            limit=self.limit,
+            image_size=self.image_size,
+            seed=self.seed,
+        )
+
+    def make_likelihood(self, levels: int) -> Likelihood:
+        """p(x|z), for images of this many grey levels."""
+        settings = self._settings_of(LIKELIHOODS[self.likelihood])
+        if "levels" in settings and self.levels is None:
+            settings["levels"] = levels
+        return LIKELIHOODS[self.likelihood](**{k: v for k, v in settings.items() if v is not None})
+
+    def make_network(self) -> Network:
+        """The family of encoder and decoder."""
+        settings = self._settings_of(NETWORKS[self.network])
+        return NETWORKS[self.network](**{k: v for k, v in settings.items() if v is not None})
+
+    def make_vae(self, shape: tuple[int, int, int], levels: int) -> VAE:
+        """A VAE for images of this shape (C, H, W), with weights that the seed determines."""
+        likelihood, network = self.make_likelihood(levels), self.make_network()
+        scale_head = {} if self.scale_head is None else {"scale_head": self.scale_head}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return VAE(
+                likelihood=likelihood,
+                decoder=network.decoder(self.latent_dim, shape, likelihood.outputs),
+                guide=GUIDES[self.guide](network.encoder(shape), self.latent_dim, **scale_head),
+                latent_dim=self.latent_dim,
+                beta=self.beta,
+            )
+
+    def make_estimator(self) -> Estimator:
+        """The bound and its gradient."""
+        return ESTIMATORS[self.estimator](num_particles=self.particles, use_rep=self.use_rep)
+
+    def device(self) -> torch.device:
+        """Where the run happens.
+
+        Raises:
+            ValueError: It asks for CUDA and there is none.
+        """
+        if self.cuda and not torch.cuda.is_available():
+            raise ValueError(
+                "expected a CUDA device for cuda, got none from PyTorch here: use --no-cuda to run on the CPU"
+            )
+        return torch.device("cuda" if self.cuda else "cpu")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: A key or value that Config does not have.
+        """
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise ValueError(f"expected the settings of a run, got: {error}") from None
+
+    def _settings_of(self, part: type) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(part)}
+
+    def _check_belonging(self, role: str, registry: Mapping[str, type]) -> None:
+        """No setting of a part that was not chosen: it would be ignored without a word."""
+        own = {f.name for f in fields(registry[getattr(self, role)])}
+        for name, part in registry.items():
+            for setting in {f.name for f in fields(part)} - own:
+                if getattr(self, setting) is not None:
+                    raise ValueError(
+                        f"expected {setting} with {role} {name!r} only, got it with {getattr(self, role)!r}"
+                    )

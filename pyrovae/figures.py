@@ -1,0 +1,128 @@
+"""Results in, matplotlib Figures out. Nothing here reads or writes a file, or computes a result."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+MAX_CLASSES = 20  # colours that can be told apart in a legend
+
+
+def curves(history: Sequence[dict]) -> Figure:
+    """ELBO, reconstruction and KL over epochs, training beside validation, in nats per image.
+
+    Args:
+        history: Rows of `metrics.jsonl`, one per epoch.
+    """
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 3 else None
+    terms = {"elbo": "ELBO", "reconstruction": "reconstruction, E log p(x|z)", "kl": "KL(q(z|x) || p(z))"}
+    for axes, (term, title) in zip(figure.subplots(1, 3), terms.items(), strict=True):
+        axes.plot(epochs, [row[term] for row in history], label="training", marker=marker)
+        axes.plot(epochs, [row[f"validation_{term}"] for row in history], label="validation", marker=marker)
+        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        _focus(axes, [row[f"{prefix}{term}"] for row in history for prefix in ("", "validation_")])
+    return figure
+
+
+def _focus(axes: Axes, values: list[float]) -> None:
+    """Leaves the first epochs' plunge out of the view where it would flatten all that follows."""
+    low, high = np.percentile(values, [5, 95])
+    margin = 0.5 * (high - low)
+    bottom, top = axes.get_ylim()
+    if margin > 0:
+        axes.set_ylim(max(bottom, low - margin), min(top, high + margin))
+
+
+def reconstructions(
+    images: Float[Tensor, "N C H W"], reconstructed: Float[Tensor, "N C H W"], title: str = ""
+) -> Figure:
+    """Images above their reconstructions, in pairs of rows of ten."""
+    rows = []
+    for original, copy in zip(images.split(10), reconstructed.split(10), strict=True):
+        rows += [list(original), list(copy)]
+    return grid(rows, title)
+
+
+def grid(rows: Sequence[Sequence[Float[Tensor, "C H W"]]], title: str = "") -> Figure:
+    """Images in rows and columns, one axes each, pixels from 0 (black) to 1 (white)."""
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(0.8 * columns, 0.8 * len(rows) + (0.35 if title else 0)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    all_axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in all_axes.flat:
+        axes.set_axis_off()
+    for row_axes, row in zip(all_axes, rows, strict=True):
+        for axes, image in zip(row_axes, row, strict=False):
+            _show(axes, image)
+    return figure
+
+
+def manifold(images: Float[Tensor, "rows columns C H W"], quantiles: Sequence[float]) -> Figure:
+    """Decoded points of a 2-d latent space as one picture; z1 rises to the right, z2 upwards.
+
+    Args:
+        images: At [i, j], the decoded point whose z2 is the prior's i-th quantile and z1 its j-th.
+        quantiles: The prior's probabilities at the rows and at the columns, ascending.
+    """
+    rows, columns, channels, height, width = images.shape
+    canvas = images.flip(0).permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
+    figure = Figure(figsize=(6, 6 * rows * height / (columns * width) + 0.3), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, canvas)
+    shown = range(0, columns, max(1, columns // 5))
+    axes.set_xticks([(j + 0.5) * width for j in shown], [f"{quantiles[j]:.2f}" for j in shown])
+    axes.set_yticks([(rows - i - 0.5) * height for i in shown], [f"{quantiles[i]:.2f}" for i in shown])
+    axes.set(title="decoded grid over the prior's quantiles", xlabel="quantile of z1", ylabel="quantile of z2")
+    return figure
+
+
+def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> Figure:
+    """Encoded images as points, coloured by class where there are labels; circles mark the prior."""
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    points = z.cpu().numpy()
+    classes = [] if labels is None else labels.unique().tolist()
+    size = np.clip(4000 / len(points), 2, 20)
+    if 1 < len(classes) <= MAX_CLASSES:
+        for index, label in enumerate(classes):
+            chosen = (labels == label).cpu().numpy()
+            colour = f"C{index}" if len(classes) <= 10 else _colour(index)
+            axes.scatter(*points[chosen].T, s=size, color=colour, label=str(label), alpha=0.7, linewidths=0)
+        axes.legend(title="class", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.scatter(*points.T, s=size, alpha=0.7, linewidths=0)
+    angle = np.linspace(0, 2 * np.pi, 200)
+    for radius in (1, 2):
+        axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="0.5", linewidth=0.8, linestyle="--")
+    axes.set(title="means of q(z|x); dashed: one and two scales of p(z)", xlabel="z1", ylabel="z2")
+    axes.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+def _colour(index: int) -> tuple:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](index)
+
+
+def _show(axes: Axes, image: Float[Tensor, "C H W"]) -> None:
+    """One image: grey for one channel, the first three as colours otherwise."""
+    pixels = image.detach().cpu().numpy().transpose(1, 2, 0)
+    axes.imshow(
+        pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3],
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        extent=(0, pixels.shape[1], pixels.shape[0], 0),
+        interpolation="nearest",
+    )

@@ -1,0 +1,228 @@
+"""A run directory: made, trained into, continued, and loaded back.
+
+config.json     the settings, the data's shape and checksum, and versions: enough to rebuild
+metrics.jsonl   one line per epoch
+checkpoint.pt   the state to continue from
+best.pt         the parameters with the best validation objective
+figures/        pictures
+"""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrovae import figures
+from pyrovae.checkpoints import explained, load_checkpoint, read_metrics, write_atomically
+from pyrovae.config import Config
+from pyrovae.data import Dataset
+from pyrovae.training import Fit, fit
+from pyrovae.vae import VAE, prior_grid
+
+PICTURED = 20  # images in a figure of reconstructions or samples
+GRID_SIDE = 20  # decoded points per side of the manifold
+VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
+
+
+class RunError(ValueError):
+    """A run directory is not what it should be."""
+
+
+def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) -> tuple[Path, Fit]:
+    """Trains a new run and leaves its directory.
+
+    Args:
+        out: The directory, which must not exist or be empty; `runs/<dataset>-<likelihood>-<n>` if None.
+        quiet: No progress bar.
+
+    Returns:
+        The directory, and how training went.
+
+    Raises:
+        ValueError: The data or settings do not do; nothing was written.
+        OSError: The directory cannot be written.
+        DivergedError: Training met a value that is not finite.
+
+    Example:
+        >>> run, result = train(Config(epochs=1, limit=(64, 32)), out=getfixture("tmp_path") / "run")
+        >>> load(run).sample(3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    device = config.device()
+    dataset = config.make_dataset()
+    vae = config.make_vae(dataset.shape, dataset.levels)
+    directory = _make_directory(config, out)
+    _write_config(directory, config, dataset)
+    return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
+
+
+def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: bool = True) -> tuple[Path, Fit]:
+    """Continues a run to its end, as if it had never been interrupted.
+
+    Args:
+        changes: New values of `epochs`, `patience`, `cuda` or `data_dir`; no other setting may change.
+        quiet: No progress bar.
+
+    Returns:
+        The directory, and how training went; a run that was over is left as it is.
+
+    Raises:
+        RunError: The directory is no run, its data have changed, or a change is not allowed.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+    """
+    directory = Path(run)
+    saved, described = read_config(directory)
+    config = _changed(saved, changes or {})
+    device = config.device()
+    dataset = config.make_dataset()
+    if described != _describe(dataset):
+        raise RunError(f"expected the data that {directory} was trained on, got others from {config.dataset}")
+    vae = config.make_vae(dataset.shape, dataset.levels).to(device)
+    # A damaged checkpoint must not cost the run its settings: it is read before they are written.
+    state = load_checkpoint(directory / "checkpoint.pt", device)
+    with explained(directory / "checkpoint.pt"):
+        vae.load_state_dict(state["model"])
+    if config != saved:
+        _write_config(directory, config, dataset)
+    return directory, _fit(directory, config, dataset.to(device), vae, resume=True, quiet=quiet)
+
+
+def load(run: str | Path, *, which: str = "best", device: torch.device | str = "cpu") -> VAE:
+    """A trained VAE, in evaluation mode.
+
+    Args:
+        which: "best", the parameters with the best validation objective, or "last".
+
+    Raises:
+        RunError: The directory is no run.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+    """
+    files = {"best": "best.pt", "last": "checkpoint.pt"}
+    if which not in files:
+        raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
+    directory = Path(run)
+    config, data = read_config(directory)
+    path = directory / files[which]
+    state = load_checkpoint(path, device)
+    with explained(path):
+        vae = config.make_vae(tuple(data["shape"]), data["levels"]).to(device)
+        vae.load_state_dict(state["model"])
+    return vae.eval()
+
+
+def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
+    """A run's settings, and a description of its data.
+
+    Raises:
+        RunError: The directory is no run, or its config.json is damaged.
+    """
+    path = run / "config.json"
+    try:
+        contents = json.loads(path.read_text())
+        return Config.from_json(contents["config"]), contents["data"]
+    except OSError:
+        raise RunError(f"expected a run directory with config.json at {run}, got none") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
+
+
+def _write_config(directory: Path, config: Config, dataset: Dataset) -> None:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
+    contents = {"config": config.to_json(), "data": _describe(dataset), "versions": versions}
+    write_atomically(directory / "config.json", json.dumps(contents, indent=2) + "\n")
+
+
+def _describe(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "shape": list(dataset.shape),
+        "levels": dataset.levels,
+        "train": len(dataset.train),
+        "validation": len(dataset.validation),
+        "test": len(dataset.test),
+        "checksum": dataset.checksum,
+    }
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    merged = config.to_json() | changes
+    for name, value in merged.items():
+        if name not in ("epochs", "patience", "cuda", "data_dir") and value != getattr(config, name):
+            raise RunError(
+                f"expected {name} as the run has it, {getattr(config, name)}, got {value}: "
+                "only epochs, patience, cuda and data_dir may change on resuming"
+            )
+    return Config.from_json(merged)
+
+
+def _make_directory(config: Config, out: str | Path | None) -> Path:
+    """A directory that was not there, or was empty; figures/ in it."""
+    if out is not None:
+        directory = Path(out)
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
+    else:
+        number = 1
+        while True:
+            directory = Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}-{number}"
+            try:
+                directory.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+    (directory / "figures").mkdir()
+    return directory
+
+
+def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
+    pictured = dataset.validation.pixels[:PICTURED]
+
+    def picture(epoch: int) -> None:
+        if epoch in config.figure_epochs:
+            figure = figures.reconstructions(pictured, vae.reconstruct(pictured), f"epoch {epoch}")
+            figure.savefig(directory / "figures" / f"reconstructions-{epoch:04}.png", dpi=100)
+
+    result = fit(
+        vae,
+        dataset.train,
+        dataset.validation,
+        estimator=config.make_estimator(),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        kl_warmup=config.kl_warmup,
+        patience=config.patience,
+        seed=config.seed,
+        directory=directory,
+        resume=resume,
+        on_epoch=picture,
+        quiet=quiet,
+    )
+    if result.progress.finished:
+        _picture(directory, dataset, vae)
+    return result
+
+
+def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
+    """The figures of a finished run, of its best parameters; they show validation images, never test."""
+    vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.prior_loc.device)["model"])
+    images = dataset.validation
+    first = images.pixels[:PICTURED]
+    pictures = {
+        "curves": figures.curves(read_metrics(directory)),
+        "reconstructions": figures.reconstructions(
+            first, vae.reconstruct(first), "validation images and their reconstructions"
+        ),
+        "samples": figures.grid(
+            [list(row) for row in vae.sample(5 * PICTURED, seed=0).split(10)], "E[x|z] for z from the prior"
+        ),
+    }
+    if vae.latent_dim == 2:
+        z, quantiles = prior_grid(GRID_SIDE)
+        pictures["manifold"] = figures.manifold(vae.decode(z), quantiles.tolist())
+        pictures["latent"] = figures.latent_cloud(vae.encode(images.pixels), images.labels)
+    for name, figure in pictures.items():
+        figure.savefig(directory / "figures" / f"{name}.png", dpi=100)

@@ -1,0 +1,350 @@
+"""`fit`: epochs, progress, validation, early stopping, and checkpoints that continue bit for bit.
+
+What a run needs to continue is in one `checkpoint.pt`: the model, the optimizer, the position in the
+epoch, its sums, the early-stopping counters and every random state. The order of the data is a
+function of (seed, epoch), and the KL warm-up one of the step, so neither needs state.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae.checkpoints import (
+    FORMAT,
+    CheckpointError,
+    Row,
+    explained,
+    load_checkpoint,
+    preserved_random_states,
+    random_states,
+    read_metrics,
+    save_atomically,
+    set_random_states,
+    write_atomically,
+)
+from pyrovae.data import Images
+from pyrovae.estimators import Elbo, Estimator
+from pyrovae.evaluation import evaluate, without_constant
+from pyrovae.vae import VAE
+
+
+class DivergedError(ArithmeticError):
+    """Training met a value that is not finite; what was saved before is untouched."""
+
+
+@dataclass
+class Progress:
+    """Where a training run stands.
+
+    Attributes:
+        epoch: Epochs completed.
+        batch: Batches completed of the next epoch.
+        best: The highest validation objective so far, in nats per image; None before the first.
+        best_epoch: Its epoch, from 1.
+        stale: Epochs since then.
+        finished: Why the run is over ("epochs" or "patience"), or "" if it is not.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    stale: int = 0
+    finished: str = ""
+
+
+@dataclass
+class Fit:
+    """What `fit` returns: one row of metrics per epoch, where it stands, and the signal that stopped it."""
+
+    history: list[Row] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    stopped_by: signal.Signals | None = None
+
+
+def fit(
+    vae: VAE,
+    train: Images,
+    validation: Images,
+    *,
+    estimator: Estimator | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    kl_warmup: int = 0,
+    patience: int | None = None,
+    seed: int = 0,
+    directory: Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[int], None] = lambda epoch: None,
+    quiet: bool = False,
+) -> Fit:
+    """Trains a VAE by Adam on the estimator's surrogate, on the device where it and the data are.
+
+    After each epoch the validation objective, reconstruction - beta * KL, decides which parameters are
+    the best so far. With a directory, they are saved there as `best.pt`, the state to continue from as
+    `checkpoint.pt`, and the metrics as a line of `metrics.jsonl`. SIGINT (Ctrl-C) and SIGTERM end the
+    run after the batch at hand, with its state saved. Random states are the caller's again on return.
+
+    Args:
+        estimator: What is maximised; `Elbo()` if None.
+        lr: Adam's learning rate.
+        kl_warmup: Epochs over which the weight of the KL rises linearly to the VAE's beta.
+        patience: Stop after this many epochs without a better validation objective; None never does.
+        seed: Of the data order, the noise and stochastic binarization.
+        resume: Continue from the directory's checkpoint, bit-identically (on a CPU) to a run that
+            was never interrupted. Every other argument must be what it was; epochs may be more.
+        on_epoch: Called with the epoch's number, from 1, after it was saved.
+        quiet: No progress bar.
+
+    Returns:
+        Metrics per epoch, in nats per image: `elbo`, `reconstruction` and `kl` as averages over the
+        training epoch, and over the validation images; `loss_without_constant` is
+        SSE/(2c) + KL for a Gaussian.
+
+    Raises:
+        DivergedError: A term or a parameter was not finite at the end of an epoch.
+        CheckpointError: There is no checkpoint to resume, or it does not fit.
+    """
+    trainer = _Trainer(
+        vae=vae,
+        train=train,
+        validation=validation,
+        estimator=estimator or Elbo(),
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        kl_warmup=kl_warmup,
+        patience=patience,
+        seed=seed,
+        directory=directory,
+    )
+    with preserved_random_states(), _Signals() as signals:
+        if resume:
+            trainer.restore()
+        else:
+            pyro.set_rng_seed(seed)
+            trainer.save()
+        bar = tqdm(
+            total=epochs * trainer.batches,
+            initial=trainer.progress.epoch * trainer.batches + trainer.progress.batch,
+            unit="batch",
+            disable=quiet,
+            dynamic_ncols=True,
+            mininterval=0.2 if os.isatty(2) else 10,
+        )
+        with bar, contextlib.ExitStack() as stack:
+            stack.callback(setattr, vae, "beta", vae.beta)
+            while not trainer.over() and not signals.received:
+                trainer.run_epoch(bar, signals)
+                if trainer.progress.batch == 0:
+                    on_epoch(trainer.progress.epoch)
+    return Fit(trainer.history, trainer.progress, signals.received)
+
+
+@dataclass
+class _Trainer:
+    """The state of a run and the steps that change it."""
+
+    vae: VAE
+    train: Images
+    validation: Images
+    estimator: Estimator
+    epochs: int
+    batch_size: int
+    lr: float
+    kl_warmup: int
+    patience: int | None
+    seed: int
+    directory: Path | None
+    history: list[Row] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self):
+        self.beta = self.vae.beta
+        self.batches = math.ceil(len(self.train) / self.batch_size)
+        self.device = self.train.pixels.device
+        self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def over(self) -> bool:
+        """Whether the run has ended; says why in `progress.finished`."""
+        if self.patience is not None and self.progress.stale >= self.patience:
+            self.progress.finished = "patience"
+        elif self.progress.epoch >= self.epochs:
+            self.progress.finished = "epochs"
+        else:
+            self.progress.finished = ""
+        return bool(self.progress.finished)
+
+    def run_epoch(self, bar: tqdm, signals: "_Signals") -> None:
+        """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
+        started = time.perf_counter()
+        order = self._order()
+        pixels = self.train.pixels.flatten(1)
+        self.vae.train()
+        for batch in range(self.progress.batch, self.batches):
+            with pyro.validation_enabled(self.progress.epoch == batch == 0):
+                self._step(pixels.index_select(0, order[batch * self.batch_size :][: self.batch_size]))
+            self.progress.batch = batch + 1
+            bar.update()
+            if signals.received and self.progress.batch < self.batches:
+                self._check_finite(dict(zip(_TERMS, self.sums.tolist(), strict=True)))
+                self.save()
+                return
+        self._finish_epoch(started)
+        bar.set_description(f"epoch {self.progress.epoch}/{self.epochs}")
+        bar.set_postfix_str(describe(self.history[-1]))
+
+    def _order(self) -> Int[Tensor, " N"]:
+        """The epoch's permutation of the training images: a function of the seed and the epoch."""
+        entropy = np.random.SeedSequence((self.seed, self.progress.epoch)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(entropy))
+        return torch.randperm(len(self.train), generator=generator).to(self.device, non_blocking=True)
+
+    def _step(self, pixels: Float[Tensor, "B D"]) -> None:
+        self.vae.beta = self._beta()
+        self.optimizer.zero_grad(set_to_none=True)
+        draws = self.estimator.draws(*self.vae.pair, self.vae.likelihood.observe(pixels))
+        (-self.estimator.surrogate(draws).mean()).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            kl = self.estimator.kl(draws) / self.vae.beta
+            bound = self.estimator.bound(draws) + (self.vae.beta - 1) * kl
+            self.sums += torch.stack([bound.sum(), draws.log_lik.mean(0).sum(), kl.sum()])
+
+    def _beta(self) -> float:
+        """The weight of the KL: linear in the step over the warm-up, never 0, then the VAE's beta."""
+        steps = self.kl_warmup * self.batches
+        step = self.progress.epoch * self.batches + self.progress.batch + 1
+        return self.beta * min(1.0, step / steps) if steps else self.beta
+
+    def _finish_epoch(self, started: float) -> None:
+        bound, reconstruction, kl = (self.sums / len(self.train)).tolist()
+        result = evaluate(self.vae, self.validation, estimator=self.estimator, seed=self.seed)
+        row: Row = {
+            "epoch": self.progress.epoch + 1,
+            "elbo": bound,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "loss_without_constant": without_constant(self.vae, bound, result.num_pixels),
+            "beta": self.vae.beta,
+            "validation_elbo": result.bound,
+            "validation_reconstruction": result.reconstruction,
+            "validation_kl": result.kl,
+            **{name: value.item() for name, value in self.vae.learned.items()},
+            "seconds": time.perf_counter() - started,
+        }
+        self._check_finite(row)
+        self._check_parameters()
+        self.history.append(row)
+        self.sums.zero_()
+        p = self.progress
+        p.epoch, p.batch = p.epoch + 1, 0
+        objective = result.reconstruction - self.beta * result.kl
+        if p.best is None or objective > p.best:
+            p.best, p.best_epoch, p.stale = objective, p.epoch, 0
+        else:
+            p.stale += 1
+        self.over()
+        self.save()
+
+    def _check_finite(self, terms: Row) -> None:
+        # The bound last: it is not finite whenever a term is not.
+        for name in sorted(terms, key=lambda name: name.endswith("elbo")):
+            if terms[name] is not None and not math.isfinite(terms[name]):
+                self._diverged(f"{name.replace('_', ' ')} became {terms[name]}")
+
+    def _check_parameters(self) -> None:
+        for name, parameter in self.vae.named_parameters():
+            if not torch.isfinite(parameter).all():
+                self._diverged(f"parameter {name} is no longer finite")
+
+    def _diverged(self, what: str) -> None:
+        kept = "" if self.directory is None else f"; {self.directory / 'checkpoint.pt'} keeps the state before"
+        raise DivergedError(f"{what} in epoch {self.progress.epoch + 1}{kept}: try a lower learning rate")
+
+    def save(self) -> None:
+        """Writes best.pt, metrics.jsonl and checkpoint.pt, in this order, each as a whole or not at all."""
+        if self.directory is None:
+            return
+        model = self.vae.state_dict()
+        if self.progress.batch == 0 and self.history:
+            if self.progress.stale == 0:
+                save_atomically(
+                    {"format": FORMAT, "epoch": self.progress.epoch, "model": model},
+                    self.directory / "best.pt",
+                )
+            with open(self.directory / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+        state = {
+            "format": FORMAT,
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "sums": self.sums,
+            "random": random_states(self.device),
+        }
+        save_atomically(state, self.directory / "checkpoint.pt")
+
+    def restore(self) -> None:
+        """The inverse of `save`; metrics of epochs after the checkpoint are dropped."""
+        if self.directory is None:
+            raise CheckpointError("expected a directory to resume from, got None")
+        path = self.directory / "checkpoint.pt"
+        state = load_checkpoint(path, self.device)
+        with explained(path):
+            self.vae.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            self.sums.copy_(state["sums"])
+            set_random_states(state["random"], self.device)
+        self.history = read_metrics(self.directory)[: self.progress.epoch]
+        text = "".join(json.dumps(row) + "\n" for row in self.history)
+        write_atomically(self.directory / "metrics.jsonl", text)
+
+
+_TERMS = ("elbo", "reconstruction", "kl")
+
+
+def describe(row: Row) -> str:
+    """One epoch in a few words: ELBO, reconstruction and KL, and the validation ELBO."""
+    return (
+        f"ELBO {row['elbo']:.2f} = rec {row['reconstruction']:.2f} - KL {row['kl']:.2f}, "
+        f"validation {row['validation_elbo']:.2f}"
+    )
+
+
+class _Signals:
+    """While entered, SIGINT and SIGTERM are only noted, in `received`; a second one acts as ever."""
+
+    received: signal.Signals | None = None
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number)
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,47 @@
+"""Shapes in signatures are checked while the tests run; each test gets its own random and Pyro state."""
+
+from jaxtyping import install_import_hook
+
+# Before anything of pyrovae is imported: jaxtyping's annotations are checked by beartype from here on.
+install_import_hook("pyrovae", "beartype.beartype")
+
+import os  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import matplotlib  # noqa: E402
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from pyrovae.config import Config  # noqa: E402
+from pyrovae.vae import VAE  # noqa: E402
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _isolated():
+    """No test sees another's random state or Pyro parameters."""
+    pyro.set_rng_seed(0)
+    with pyro.get_param_store().scope():
+        yield
+
+
+@pytest.fixture
+def make_vae():
+    """make_vae(shape, levels, **settings of Config) -> VAE."""
+
+    def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, **settings) -> VAE:
+        return Config(**settings).make_vae(shape, levels)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """Where MNIST lies in torchvision's layout; the test skips where it does not."""
+    directory = os.environ.get("PYROVAE_DATA")
+    if not directory or not (Path(directory) / "MNIST" / "raw" / "train-images-idx3-ubyte").exists():
+        pytest.skip("needs MNIST: set PYROVAE_DATA to a folder that holds it in torchvision's layout")
+    return Path(directory)
