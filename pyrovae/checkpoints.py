@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def load_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file")
-    with explained(path):
+    with explained(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's doubts about a foreign pickle, which it then refuses
         state = torch.load(path, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")

@@ -8,9 +8,9 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float, Shaped
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
@@ -95,7 +95,7 @@ class VAE(PyroModule):
 
     def _guide(self, x: Shaped[Tensor, "B D"]) -> None:
         with pyro.plate("data", len(x), dim=-1), self._scaled():
-            pyro.sample("z", self.posterior(self.likelihood.to_pixels(x)))
+            pyro.sample("z", self.posterior(self.likelihood.to_pixels(x).to(self.prior_loc.dtype)))
 
     def _scaled(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.beta == 1 else poutine.scale(scale=self.beta)
@@ -114,7 +114,7 @@ class VAE(PyroModule):
                 module.training = training
             self.beta = beta
 
-    def approximate_posterior(self, images: Float[Tensor, "N ..."]) -> TorchDistributionMixin:
+    def approximate_posterior(self, images: Float[Tensor, "N ..."]) -> Distribution:
         """q(z|x) of images with pixels in [0, 1], (N, C, H, W) or (N, D): batch (N,), event (L,)."""
         pixels = images.reshape(len(images), -1).to(self.prior_loc)
         with self.evaluating():

@@ -115,7 +115,13 @@ class Draws:
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
     def _log_prob(self, site: Site, scaled: bool) -> Float[Tensor, "K B"]:
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        try:
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        except (NotImplementedError, KeyError):
+            raise ValueError(
+                f"expected a density at any given point at guide site {site['name']!r}, got {site['fn']}, "
+                "a transform with no inverse: its samples are scored as drawn only (use_rep=True)"
+            ) from None
         return self._scaled(log_prob, site if scaled else site | {"scale": self.subsampling})
 
     def _scaled(self, value: Tensor, site: Site) -> Float[Tensor, "K B"]:

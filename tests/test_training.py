@@ -1,0 +1,386 @@
+"""Training: what a run leaves, stops for, and continues from, bit for bit."""
+
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyrovae.checkpoints
+import pyrovae.training
+from pyrovae import runs
+from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
+from pyrovae.config import Config
+from pyrovae.data import Images
+from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
+from pyrovae.training import DivergedError, fit
+
+ROOT = Path(__file__).parent.parent
+TINY = {"limit": (70, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": (1,)}
+
+
+def tensors_equal(a, b) -> bool:
+    """Whether two checkpoints are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(tensors_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(tensors_equal, a, b))
+    return a == b
+
+
+def contents(run: Path) -> tuple:
+    """Everything in a run but the seconds that it took."""
+    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(run)]
+    last, best = (torch.load(run / file, weights_only=True) for file in ("checkpoint.pt", "best.pt"))
+    del last["random"]["python"]  # beartype, which checks annotations in tests, draws from it
+    return metrics, last, best
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for ours, theirs in zip(contents(a), contents(b), strict=True):
+        assert tensors_equal(ours, theirs)
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
+    """The figures of a run take longer than these runs; the command line's tests look at them."""
+    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(step, number): raises a signal during that training step, counted from 1."""
+
+    def arrange(at: int, number: signal.Signals = signal.SIGINT) -> None:
+        original, taken = pyrovae.training._Trainer._step, 0
+
+        def step(trainer, pixels):
+            nonlocal taken
+            original(trainer, pixels)
+            taken += 1
+            if taken == at:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(pyrovae.training._Trainer, "_step", step)
+
+    return arrange
+
+
+VARIANTS = {
+    "stochastic bernoulli": {},
+    "cnn with batch norm": {"hidden": None, "network": "cnn", "channels": (4, 4)},
+    "warm-up, beta, particles": {"kl_warmup": 3, "beta": 2.0, "particles": 3},
+    "learned c, analytic KL": {"likelihood": "gaussian", "c": "learned", "estimator": "analytic-kl"},
+    "score function, patience": {"use_rep": False, "patience": 2, "epochs": 8},
+}
+
+
+@pytest.mark.parametrize("at", [1, 5, 7, 13], ids="signal in step {}".format)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, interrupt, variant, at):
+    config = Config(**TINY | variant)
+    whole, _ = runs.train(config, out=tmp_path / "whole")
+    interrupt(at)
+    parts, result = runs.train(config, out=tmp_path / "parts")
+    assert result.stopped_by == signal.SIGINT
+    assert (result.progress.epoch, result.progress.batch) == divmod(at, 5)
+    interrupt(3, signal.SIGTERM)  # and once more
+    _, result = runs.resume(parts)
+    assert result.stopped_by == signal.SIGTERM
+    _, result = runs.resume(parts)
+    assert result.progress.finished
+    assert_same_run(whole, parts)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    for seed in (0, 1):
+        runs.train(Config(**TINY, seed=seed), out=tmp_path / str(seed))
+    assert not tensors_equal(contents(tmp_path / "0")[1]["model"], contents(tmp_path / "1")[1]["model"])
+
+
+def test_a_run_can_be_extended_as_if_it_had_been_longer(tmp_path):
+    longer, _ = runs.train(Config(**TINY), out=tmp_path / "longer")
+    extended, _ = runs.train(Config(**TINY | {"epochs": 2}), out=tmp_path / "extended")
+    runs.resume(extended, changes={"epochs": 4})
+    assert_same_run(longer, extended)
+    assert runs.read_config(extended)[0].epochs == 4
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run, _ = runs.train(Config(**TINY), out=tmp_path / "run")
+    before = contents(run)
+    _, result = runs.resume(run)
+    assert result.progress.finished == "epochs"
+    assert tensors_equal(before, contents(run))
+
+
+def test_resume_refuses_other_data(tmp_path):
+    import numpy as np
+
+    path = tmp_path / "images.npy"
+    np.save(path, np.random.default_rng(0).random((40, 4, 4)))
+    run, _ = runs.train(Config(dataset=str(path), epochs=1, hidden=(8,)), out=tmp_path / "run")
+    np.save(path, np.random.default_rng(1).random((40, 4, 4)))
+    with pytest.raises(runs.RunError, match="expected the data that"):
+        runs.resume(run)
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "cli.py"), "train", *map(str, arguments)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_process_stopped_by_a_signal_loses_nothing(tmp_path, number):
+    options = ["--limit", "1000/100", "-b", 16, "--hidden", "8", "-e", 6, "--figure-epochs", "1"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(*options, "-o", run), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(read_metrics(run)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    load_checkpoint(run / "checkpoint.pt", "cpu")
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert "nothing is lost" in error
+        assert f"cli.py train --resume {run}" in error
+        assert "Traceback" not in error
+    runs.resume(run)
+    config, _ = runs.read_config(run)
+    whole, _ = runs.train(config, out=tmp_path / "whole")
+    assert_same_run(whole, run)
+
+
+def test_fit_leaves_random_states_beta_and_signal_handlers_as_they_were(make_vae, interrupt):
+    vae, images = make_vae(hidden=(8,), beta=2.0), Images(torch.rand(64, 1, 8, 8))
+    state, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
+    fit(vae, images, images, epochs=2, kl_warmup=5, quiet=True)
+    interrupt(1)
+    fit(vae, images, images, epochs=2, kl_warmup=5, quiet=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert vae.beta == 2.0
+
+
+def test_fit_runs_in_a_thread(make_vae):
+    vae, images, results = make_vae(hidden=(8,)), Images(torch.rand(64, 1, 8, 8)), []
+    thread = threading.Thread(target=lambda: results.append(fit(vae, images, images, epochs=1, quiet=True)))
+    thread.start()
+    thread.join()
+    assert results[0].progress.finished == "epochs"
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("written", [0, 10, 1000])
+def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, written):
+    path = tmp_path / "checkpoint.pt"
+    save_atomically({"format": "old"}, path)
+
+    def torn(state, file):
+        Path(file).write_bytes(os.urandom(written))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"format": "new"}, path)
+    assert torch.load(path, weights_only=True) == {"format": "old"}
+
+
+class Danger:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(os.urandom(500)),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(pickle.dumps(Danger())),
+        lambda path: torch.save({"a": 1}, path),
+        lambda path: torch.save(torch.zeros(3), path),
+        lambda path: torch.save({"format": "pyrovae checkpoint 0"}, path),
+        lambda path: torch.save(torch.load(path, weights_only=True) | {"model": {}}, path),
+        lambda path: path.unlink(),
+    ],
+    ids=["truncated", "noise", "empty", "dangerous", "foreign", "tensor", "old", "other model", "missing"],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    run, _ = runs.train(Config(**TINY | {"epochs": 1}), out=tmp_path / "run")
+    damage(run / "checkpoint.pt")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    for attempt in (lambda: runs.resume(run, changes={"epochs": 3}), lambda: runs.load(run, which="last")):
+        with pytest.raises(CheckpointError, match=r"\Aexpected .*checkpoint.*checkpoint\.pt, got.*\Z"):
+            attempt()
+    assert not Path("executed").exists()
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    runs.load(run)
+
+
+def test_metrics_with_a_torn_last_line_are_read_up_to_it(tmp_path):
+    run, _ = runs.train(Config(**TINY | {"epochs": 2}), out=tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "elbo"')
+    assert [row["epoch"] for row in read_metrics(run)] == [1, 2]
+    runs.resume(run, changes={"epochs": 3})
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+# What stops a run
+
+
+@pytest.mark.parametrize(
+    ("spoil", "term"),
+    [
+        (lambda vae: vae.posterior.head.bias.data.fill_(math.nan), "kl|reconstruction"),
+        (lambda vae: vae.decoder.body[-1].bias.data.fill_(math.inf), "reconstruction"),
+    ],
+    ids=["nan in the guide", "inf in the decoder"],
+)
+def test_a_value_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, spoil, term):
+    config = Config(**TINY | {"figure_epochs": ()})
+    dataset, vae = config.make_dataset(), config.make_vae((1, 8, 8), 17)
+
+    with pytest.raises(DivergedError, match=rf"^({term}) became .* in epoch 3.*checkpoint.pt keeps"):
+        fit(
+            vae,
+            dataset.train,
+            dataset.validation,
+            epochs=4,
+            batch_size=16,
+            directory=tmp_path,
+            on_epoch=lambda epoch: spoil(vae) if epoch == 2 else None,
+            quiet=True,
+        )
+    state = load_checkpoint(tmp_path / "checkpoint.pt", "cpu")
+    assert state["progress"]["epoch"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_patience_counts_epochs_since_the_best_and_keeps_the_best(tmp_path):
+    run, result = runs.train(Config(**TINY | {"epochs": 300, "patience": 3, "lr": 0.05}), out=tmp_path / "run")
+    objectives = [row["validation_elbo"] for row in read_metrics(run)]
+    best = max(range(len(objectives)), key=objectives.__getitem__)
+    assert result.progress.finished == "patience"
+    assert result.progress.best_epoch == best + 1
+    assert len(objectives) == best + 1 + 3
+    assert torch.load(run / "best.pt", weights_only=True)["epoch"] == best + 1
+
+
+def test_model_selection_never_sees_the_test_images(tmp_path, monkeypatch):
+    make_dataset = Config.make_dataset
+
+    def poisoned(config):
+        dataset = make_dataset(config)
+        dataset.test.pixels.fill_(math.nan)
+        return dataset
+
+    config = Config(**TINY)
+    clean, _ = runs.train(config, out=tmp_path / "clean")
+    monkeypatch.setattr(Config, "make_dataset", poisoned)
+    other, _ = runs.train(config, out=tmp_path / "poisoned")
+    assert_same_run(clean, other)
+
+
+# What is measured
+
+
+def test_warm_up_is_linear_in_the_step_and_ends_at_beta(make_vae, monkeypatch):
+    vae, images, betas = make_vae(hidden=(8,), beta=2.0), Images(torch.rand(40, 1, 8, 8)), []
+    step = pyrovae.training._Trainer._step
+
+    def recorded(trainer, pixels):
+        step(trainer, pixels)
+        betas.append(vae.beta)
+
+    monkeypatch.setattr(pyrovae.training._Trainer, "_step", recorded)
+    fit(vae, images, images, epochs=3, batch_size=10, kl_warmup=2, quiet=True)
+    assert betas == pytest.approx([2 * min(1, (i + 1) / 8) for i in range(12)])
+
+
+def test_reported_terms_do_not_depend_on_beta(make_vae):
+    """One step of an epoch's metrics, before any update has had an effect, at two betas."""
+    images, rows = Images(torch.rand(16, 1, 8, 8).round()), []
+    for beta in (1.0, 5.0):
+        vae = make_vae(hidden=(8,), beta=beta)
+        rows.append(fit(vae, images, images, epochs=1, batch_size=16, lr=1e-12, quiet=True).history[0])
+    for term in (
+        "elbo",
+        "reconstruction",
+        "kl",
+        "validation_elbo",
+        "validation_reconstruction",
+        "validation_kl",
+    ):
+        assert rows[0][term] == pytest.approx(rows[1][term], rel=1e-5)
+    assert rows[0]["elbo"] == pytest.approx(rows[0]["reconstruction"] - rows[0]["kl"], rel=1e-5)
+
+
+def test_a_gaussian_loss_without_constant_is_sse_over_2c_plus_kl(make_vae):
+    vae, x = (
+        make_vae(likelihood="gaussian", c=0.3, hidden=(8,)).double(),
+        torch.rand(10, 64, dtype=torch.float64),
+    )
+    result = evaluate(vae, Images(x.reshape(10, 1, 8, 8)), seed=3)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(3)
+        q = vae.posterior(x)
+        z = q.rsample()
+        sse = ((vae.likelihood.mean(vae.decoder(z)) - x) ** 2).sum(-1)
+        prior = torch.distributions.Normal(z.new_zeros(()), 1.0)
+        kl = q.log_prob(z) - prior.log_prob(z).sum(-1)
+    assert without_constant(vae, result.bound, 64) == pytest.approx((sse / 0.6 + kl).mean().item(), rel=1e-10)
+
+
+def test_bits_per_dimension_of_a_uniform_categorical_are_log2_levels(make_vae):
+    vae = make_vae(likelihood="categorical", hidden=(8,))
+    uniform = -64 * math.log(17)
+    assert bits_per_dim(vae, uniform, 64) == pytest.approx(math.log2(17))
+    for other in ({"likelihood": "gaussian"}, {"likelihood": "continuous-bernoulli"}, {"binarize": "soft"}):
+        assert bits_per_dim(make_vae(**other), uniform, 64) is None
+
+
+def test_evaluation_is_repeatable_and_touches_no_random_state(make_vae):
+    vae, images = make_vae(hidden=(8,)), Images(torch.rand(30, 1, 8, 8))
+    state = torch.get_rng_state()
+    assert evaluate(vae, images, seed=1) == evaluate(vae, images, seed=1)
+    assert evaluate(vae, images, seed=1) != evaluate(vae, images, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_load_gives_back_what_was_trained(tmp_path, which):
+    run, _ = runs.train(Config(**TINY), out=tmp_path / "run")
+    vae = runs.load(run, which=which)
+    file = {"best": "best.pt", "last": "checkpoint.pt"}[which]
+    assert tensors_equal(dict(vae.state_dict()), torch.load(run / file, weights_only=True)["model"])
+    assert not vae.training
+    with pytest.raises(ValueError, match="expected which in best, last"):
+        runs.load(run, which="worst")
+
+
+def test_training_on_mnist_improves(mnist_dir, tmp_path):
+    config = Config(dataset="mnist", data_dir=str(mnist_dir), limit=(2000, 500), hidden=(64,), epochs=3)
+    run, _ = runs.train(config, out=tmp_path / "run")
+    elbo = [row["validation_elbo"] for row in read_metrics(run)]
+    assert elbo[2] > elbo[1] > elbo[0]
+    assert elbo[2] > -250  # a decoder that knows nothing gives -784 log 2 = -543
