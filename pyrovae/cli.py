@@ -1,6 +1,9 @@
 """The command line: a group whose commands are imported only when they run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -10,8 +13,29 @@ SUMMARIES = {
 }
 
 
+@contextmanager
+def _without_usage() -> Iterator[None]:
+    """A wrong call is one line: click prints the usage before it only where the error has a context."""
+    try:
+        yield
+    except click.UsageError as error:
+        error.ctx = None
+        raise
+
+
 class LazyGroup(click.Group):
     """Answers `--help` from SUMMARIES; a command's module is imported when the command is asked for."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _without_usage():
+            return super().make_context(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _without_usage():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(SUMMARIES)

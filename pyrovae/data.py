@@ -4,12 +4,13 @@ A reader gives the training images and, where the source has them, its test imag
 splits off what is missing, so that train, validation and test never share an image.
 """
 
-import contextlib
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,12 +167,13 @@ def load_dataset(
 
 
 def _read(name: str, data_dir: Path, image_size: int | None) -> Source:
-    if image_size is not None and (image_size < 1 or not Path(name).is_dir()):
+    path = Path(name).expanduser()
+    is_folder = name not in DATASETS and path.is_dir()
+    if image_size is not None and (image_size < 1 or not is_folder):
         raise ValueError(f"expected image_size >= 1 with a folder of images, got {image_size} with {name!r}")
     if name in DATASETS:
         return DATASETS[name](data_dir)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if is_folder:
         return read_folder(path, image_size)
     if path.suffix in (".npz", ".npy") and path.is_file():
         return read_arrays(path)
@@ -186,50 +188,51 @@ def _read_torchvision(name: str, data_dir: Path) -> Source:
 
     family = getattr(torchvision.datasets, name)
     raw = data_dir / name / "raw"
+    files = [Path(file).stem for file, _ in family.resources]
+    if not all((raw / file).exists() for file in files):
+        try:
+            family(str(data_dir), download=True)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise ValueError(
+                f"could not download {name} ({_reason(error, line=-1)}): put {', '.join(files)} into {raw}, "
+                "or use the bundled dataset digits"
+            ) from None
     try:
-        if not all((raw / Path(file).stem).exists() for file, _ in family.resources):
-            with _downloading(name, raw):
-                family(str(data_dir), download=True)
         train, test = (family(str(data_dir), train=train) for train in (True, False))
-    except (RuntimeError, ValueError, AssertionError, EOFError) as error:
-        if isinstance(error, DownloadError):
-            raise
-        raise ValueError(f"{raw} holds damaged files ({error}): delete them to download again") from None
+        for split in (train, test):
+            if len(split.data) != len(split.targets):
+                raise ValueError(f"{len(split.data)} images, {len(split.targets)} labels")
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise ValueError(
+            f"{raw} holds damaged files ({_reason(error)}): delete them to download again"
+        ) from None
     return Source(*(Images(s.data.unsqueeze(1) / 255, s.targets) for s in (train, test)), levels=256)
 
 
-class DownloadError(ValueError):
-    """A dataset is not here and could not be fetched."""
+def _reason(error: Exception, line: int = 0) -> str:
+    """One line of what an error says, or its kind if it says nothing."""
+    return str(error).strip().splitlines()[line] if str(error).strip() else type(error).__name__
 
 
-@contextlib.contextmanager
-def _downloading(name: str, raw: Path):
-    import torchvision.datasets
-
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        files = ", ".join(Path(file).stem for file, _ in getattr(torchvision.datasets, name).resources)
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise DownloadError(
-            f"could not download {name} ({reason}): put {files} into {raw}, or use the bundled --dataset digits"
-        ) from None
+_DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what numpy lets through from below
 
 
 def read_arrays(path: Path) -> Source:
     """Images from a `.npy`, or from a `.npz` with `images` and, if any, `labels`, `test_images`, ..."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = dict(loaded) if path.suffix == ".npz" else {"images": loaded}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"expected {path} to hold plain numeric arrays, got: {reason}") from None
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
+        raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
     known = {"images", "labels", "test_images", "test_labels"}
     if "images" not in arrays or not arrays.keys() <= known:
         raise ValueError(
             f"expected {path} to hold 'images' and perhaps {', '.join(sorted(known - {'images'}))}, "
             f"got {', '.join(sorted(arrays)) or 'nothing'}"
         )
+    if "test_labels" in arrays and "test_images" not in arrays:
+        raise ValueError(f"expected 'test_images' with the 'test_labels' in {path}, got none")
     train = _images_from_array(path, arrays["images"], arrays.get("labels"))
     test = None
     if "test_images" in arrays:
@@ -296,13 +299,15 @@ def read_folder(path: Path, image_size: int | None) -> Source:
 
 def _read_image(file: Path, image_size: int | None) -> np.ndarray:
     """(H, W) for a grey image and (H, W, 3) for a colour one, uint8."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                raise ValueError(f"more than 8 bits per pixel, mode {image.mode}: save it with 8")
             image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
             if image_size is not None:
                 image = ImageOps.fit(image, (image_size, image_size))
             return np.asarray(image)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"expected an image in {file}, got: {error}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -34,7 +35,7 @@ def curves(history: Sequence[dict]) -> Figure:
 
 def _focus(axes: Axes, values: list[float]) -> None:
     """Leaves the first epochs' plunge out of the view where it would flatten all that follows."""
-    low, high = np.percentile(values, [5, 95])
+    low, high = np.percentile([v for v in values if np.isfinite(v)] or [0.0], [5, 95])
     margin = 0.5 * (high - low)
     bottom, top = axes.get_ylim()
     if margin > 0:
@@ -67,21 +68,24 @@ def grid(rows: Sequence[Sequence[Float[Tensor, "C H W"]]], title: str = "") -> F
     return figure
 
 
-def manifold(images: Float[Tensor, "rows columns C H W"], quantiles: Sequence[float]) -> Figure:
+def manifold(
+    images: Float[Tensor, "side side C H W"], quantiles: Sequence[float] | Float[Tensor, " side"]
+) -> Figure:
     """Decoded points of a 2-d latent space as one picture; z1 rises to the right, z2 upwards.
 
     Args:
         images: At [i, j], the decoded point whose z2 is the prior's i-th quantile and z1 its j-th.
-        quantiles: The prior's probabilities at the rows and at the columns, ascending.
+        quantiles: The prior's probabilities at the rows, and at the columns, ascending.
     """
-    rows, columns, channels, height, width = images.shape
-    canvas = images.flip(0).permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
-    figure = Figure(figsize=(6, 6 * rows * height / (columns * width) + 0.3), layout="constrained")
+    side, _, channels, height, width = images.shape
+    canvas = images.flip(0).permute(2, 0, 3, 1, 4).reshape(channels, side * height, side * width)
+    figure = Figure(figsize=(6, 6 * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
     _show(axes, canvas)
-    shown = range(0, columns, max(1, columns // 5))
-    axes.set_xticks([(j + 0.5) * width for j in shown], [f"{quantiles[j]:.2f}" for j in shown])
-    axes.set_yticks([(rows - i - 0.5) * height for i in shown], [f"{quantiles[i]:.2f}" for i in shown])
+    shown = range(0, side, max(1, side // 5))
+    names = [f"{quantiles[k]:.2f}" for k in shown]
+    axes.set_xticks([(j + 0.5) * width for j in shown], names)
+    axes.set_yticks([(side - i - 0.5) * height for i in shown], names)
     axes.set(title="decoded grid over the prior's quantiles", xlabel="quantile of z1", ylabel="quantile of z2")
     return figure
 
@@ -90,13 +94,13 @@ def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> F
     """Encoded images as points, coloured by class where there are labels; circles mark the prior."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
-    points = z.cpu().numpy()
+    points = z.detach().cpu().numpy()
     classes = [] if labels is None else labels.unique().tolist()
     size = np.clip(4000 / len(points), 2, 20)
     if 1 < len(classes) <= MAX_CLASSES:
-        for index, label in enumerate(classes):
+        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+        for label, colour in zip(classes, colours, strict=False):
             chosen = (labels == label).cpu().numpy()
-            colour = f"C{index}" if len(classes) <= 10 else _colour(index)
             axes.scatter(*points[chosen].T, s=size, color=colour, label=str(label), alpha=0.7, linewidths=0)
         axes.legend(title="class", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
@@ -107,12 +111,6 @@ def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> F
     axes.set(title="means of q(z|x); dashed: one and two scales of p(z)", xlabel="z1", ylabel="z2")
     axes.set_aspect("equal", adjustable="datalim")
     return figure
-
-
-def _colour(index: int) -> tuple:
-    from matplotlib import colormaps
-
-    return colormaps["tab20"](index)
 
 
 def _show(axes: Axes, image: Float[Tensor, "C H W"]) -> None:

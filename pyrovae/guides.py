@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pyro.distributions as dist
 from jaxtyping import Float
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
 from pyrovae.networks import Encoder
@@ -36,7 +36,7 @@ class Guide(nn.Module, abc.ABC):
     """
 
     @abc.abstractmethod
-    def forward(self, x: Float[Tensor, "*batch D"]) -> TorchDistributionMixin:
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Distribution:
         """q(z|x) for pixels x in [0, 1]: batch shape that of x, event shape (latent_dim,)."""
 
 
@@ -66,7 +66,7 @@ class MeanField(Guide):
         self.head = nn.Linear(encoder.out_features, 2 * latent_dim)
         self.scale_head = scale_head
 
-    def forward(self, x: Float[Tensor, "*batch D"]) -> TorchDistributionMixin:
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Distribution:
         loc, h = self.head(self.encoder(x)).chunk(2, dim=-1)
         return dist.Normal(loc, SCALE_HEADS[self.scale_head](h)).to_event(1)
 

@@ -13,9 +13,8 @@ from typing import ClassVar, Literal
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float, Shaped
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 
 class Likelihood(abc.ABC):
@@ -36,7 +35,7 @@ class Likelihood(abc.ABC):
     learned: Mapping[str, float] = {}
 
     @abc.abstractmethod
-    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> TorchDistributionMixin:
+    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         """p(x|z): batch shape *batch, event shape (D,)."""
 
     @abc.abstractmethod
@@ -117,7 +116,7 @@ class Bernoulli(Likelihood):
     def discrete(self) -> bool:
         return self.normalised
 
-    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> TorchDistributionMixin:
+    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         family = dist.Bernoulli if self.normalised else SoftBernoulli
         return family(logits=eta.squeeze(-1)).to_event(1)
 
@@ -180,7 +179,7 @@ class ContinuousBernoulliDistribution(dist.TorchDistribution):
         """By the inverse distribution function, from the side on which it is well conditioned."""
         eta = self.logits.expand(self.shape(torch.Size(sample_shape)))
         u = torch.rand_like(eta)
-        down = -eta.abs()
+        down = torch.where(eta > 0, -eta, eta)  # not -abs(eta), whose gradient at 0 is 0
         small = down > -1e-3
         safe = torch.where(small, torch.ones_like(down), down)
         x = torch.where(small, u + 0.5 * down * u * (1 - u), (u * safe.expm1()).log1p() / safe)
@@ -206,7 +205,7 @@ def _log_sinhc(a: Tensor) -> Tensor:
 class ContinuousBernoulli(Likelihood):
     """Grey pixels in [0, 1] under the normalised continuous Bernoulli with logit eta."""
 
-    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> TorchDistributionMixin:
+    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         return ContinuousBernoulliDistribution(eta.squeeze(-1)).to_event(1)
 
     def observe(
@@ -246,7 +245,7 @@ class Gaussian(Likelihood):
     def learned(self) -> Mapping[str, float]:
         return {"log_c": math.log(0.05)} if self.c == "learned" else {}
 
-    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> TorchDistributionMixin:
+    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         scale = (0.5 * learned["log_c"]).exp() if self.c == "learned" else math.sqrt(self.c)
         return dist.Normal(self.mean(eta), scale).to_event(1)
 
@@ -287,7 +286,7 @@ class Categorical(Likelihood):
     def outputs(self) -> int:
         return self.levels
 
-    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> TorchDistributionMixin:
+    def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         return dist.Categorical(logits=eta).to_event(1)
 
     def observe(

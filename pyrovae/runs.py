@@ -47,7 +47,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
         DivergedError: Training met a value that is not finite.
 
     Example:
-        >>> run, result = train(Config(epochs=1, limit=(64, 32)), out=getfixture("tmp_path") / "run")
+        >>> run, result = train(Config(epochs=1, limit=(64, 32)), out="runs/first")
         >>> load(run).sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
@@ -125,7 +125,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         return Config.from_json(contents["config"]), contents["data"]
     except OSError:
         raise RunError(f"expected a run directory with config.json at {run}, got none") from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
 
 

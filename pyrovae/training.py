@@ -176,7 +176,8 @@ class _Trainer:
 
     def __post_init__(self):
         self.beta = self.vae.beta
-        self.batches = math.ceil(len(self.train) / self.batch_size)
+        # A last batch of one image would leave batch norm nothing to normalise: it joins the one before.
+        self.batches = max(1, math.ceil((len(self.train) - (self.batch_size > 1)) / self.batch_size))
         self.device = self.train.pixels.device
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -199,7 +200,8 @@ class _Trainer:
         self.vae.train()
         for batch in range(self.progress.batch, self.batches):
             with pyro.validation_enabled(self.progress.epoch == batch == 0):
-                self._step(pixels.index_select(0, order[batch * self.batch_size :][: self.batch_size]))
+                stop = (batch + 1) * self.batch_size if batch + 1 < self.batches else None
+                self._step(pixels.index_select(0, order[batch * self.batch_size : stop]))
             self.progress.batch = batch + 1
             bar.update()
             if signals.received and self.progress.batch < self.batches:

@@ -60,8 +60,8 @@ class VAE(PyroModule):
         self.posterior = guide
         self.latent_dim = latent_dim
         self.beta = beta
-        # In a module of its own: Pyro reads a direct nn.Parameter of a PyroModule from its global
-        # store, where a value of an earlier VAE may stand under the same name.
+        # Not PyroParams: Pyro reads those from its global store, where the value of an earlier VAE
+        # may stand under the same name.
         self.learned = nn.ParameterDict(
             {name: torch.tensor(value) for name, value in likelihood.learned.items()}
         )

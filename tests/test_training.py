@@ -301,6 +301,32 @@ def test_model_selection_never_sees_the_test_images(tmp_path, monkeypatch):
     assert_same_run(clean, other)
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    [
+        (40, 16, [16, 16, 8]),
+        (33, 16, [16, 17]),
+        (32, 16, [16, 16]),
+        (3, 1, [1, 1, 1]),
+        (1, 16, [1]),
+        (5, 8, [5]),
+    ],
+)
+def test_batches_cover_the_images_and_none_is_left_with_one(make_vae, monkeypatch, images, batch_size, sizes):
+    train, seen = Images(torch.arange(images * 64.0).reshape(images, 1, 8, 8) / (images * 64)), []
+    step = pyrovae.training._Trainer._step
+
+    def recorded(trainer, pixels):
+        seen.append(pixels)
+        step(trainer, pixels)
+
+    monkeypatch.setattr(pyrovae.training._Trainer, "_step", recorded)
+    fit(make_vae(hidden=(8,)), train, train, epochs=1, batch_size=batch_size, quiet=True)
+    assert [len(pixels) for pixels in seen] == sizes
+    order = torch.cat(seen)[:, 0].argsort()
+    assert torch.equal(torch.cat(seen)[order], train.pixels.flatten(1))
+
+
 # What is measured
 
 

@@ -1,0 +1,100 @@
+"""The shape of the package: imports only downward, registries complete, public names that exist."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import pyrovae
+from pyrovae import estimators, guides, likelihoods, networks
+from pyrovae.data import DATASETS
+
+PACKAGE = Path(pyrovae.__file__).parent
+FLOORS = [
+    {"likelihoods", "networks", "estimators", "data"},
+    {"guides"},
+    {"vae"},
+    {"evaluation", "checkpoints"},
+    {"training"},
+    {"config", "figures"},
+    {"runs"},
+    {"commands"},
+]
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+ENTRY_POINTS = {"__init__", "__main__", "cli"}  # these import nothing, or only when asked
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of pyrovae that a file imports, wherever in it, as names under pyrovae."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "pyrovae":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pyrovae."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("pyrovae.")}
+    return found
+
+
+def modules() -> dict[str, list[Path]]:
+    return {m: [*PACKAGE.glob(f"{m}.py"), *PACKAGE.glob(f"{m}/*.py")] for m in FLOOR_OF}
+
+
+def test_every_module_has_a_floor():
+    found = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert found - ENTRY_POINTS == FLOOR_OF.keys()
+
+
+@pytest.mark.parametrize("module", FLOOR_OF)
+def test_imports_go_downward_only(module):
+    for path in modules()[module]:
+        for other in imports(path) - {module} - ENTRY_POINTS:
+            assert FLOOR_OF[other] < FLOOR_OF[module], f"{path.name} imports {other}"
+
+
+def test_estimators_know_nothing_of_vaes():
+    for path in modules()["estimators"]:
+        assert imports(path) <= {"estimators"}
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "registry"),
+    [
+        (likelihoods, likelihoods.Likelihood, likelihoods.LIKELIHOODS),
+        (networks, networks.Network, networks.NETWORKS),
+        (guides, guides.Guide, guides.GUIDES),
+        (estimators, estimators.Estimator, estimators.ESTIMATORS),
+    ],
+)
+def test_registries_hold_every_family(module, base, registry):
+    classes = [c for _, c in inspect.getmembers(module, inspect.isclass)]
+    assert set(registry.values()) == {c for c in classes if issubclass(c, base) and c is not base}
+    assert inspect.isabstract(base)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *likelihoods.LIKELIHOODS.values(),
+        *networks.NETWORKS.values(),
+        *guides.GUIDES.values(),
+        *estimators.ESTIMATORS.values(),
+        *DATASETS.values(),
+    ],
+)
+def test_every_entry_says_what_it_is_in_one_line(entry):
+    first = inspect.getdoc(entry).splitlines()[0]
+    assert first.endswith(".")
+
+
+@pytest.mark.parametrize("name", pyrovae.__all__)
+def test_public_names_exist(name):
+    assert getattr(pyrovae, name) is not None
+    assert name in dir(pyrovae)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pyrovae.nothing

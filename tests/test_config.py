@@ -1,0 +1,206 @@
+"""Config: JSON and back, one line for every wrong setting, and parts that always fit together."""
+
+import dataclasses
+import json
+import math
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pyrovae.config import Config
+from pyrovae.data import DATASETS
+from pyrovae.estimators import ESTIMATORS
+from pyrovae.guides import GUIDES, SCALE_HEADS
+from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
+from pyrovae.networks import ACTIVATIONS, NETWORKS
+
+counts = st.integers(1, 10**6)
+weights = st.floats(0, 1e6, exclude_min=True)
+widths = st.lists(counts, min_size=1, max_size=4).map(tuple)
+
+
+def optional(name: str, strategy: st.SearchStrategy) -> st.SearchStrategy[dict]:
+    return st.fixed_dictionaries({}, optional={name: strategy})
+
+
+LIKELIHOOD_SETTINGS = {
+    "bernoulli": optional("binarize", st.sampled_from(list(BINARIZATIONS))),
+    "gaussian": optional("c", weights | st.just("learned")),
+    "categorical": optional("levels", st.integers(2, 256)),
+}
+NETWORK_SETTINGS = {"mlp": optional("hidden", widths), "cnn": optional("channels", widths)}
+COMMON_SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dataset": st.sampled_from(list(DATASETS)) | st.text(),
+        "data_dir": st.text(min_size=1),
+        "limit": st.tuples(counts, counts | st.none()),
+        "latent_dim": counts,
+        "activation": st.sampled_from(list(ACTIVATIONS)),
+        "guide": st.sampled_from(list(GUIDES)),
+        "estimator": st.sampled_from(list(ESTIMATORS)),
+        "use_rep": st.booleans(),
+        "particles": counts,
+        "beta": weights,
+        "lr": weights,
+        "kl_warmup": st.integers(0, 100),
+        "patience": counts | st.none(),
+        "seed": st.integers(0, 2**32 - 1),
+        "figure_epochs": st.lists(counts).map(tuple),
+    },
+)
+
+
+@st.composite
+def valid_settings(draw) -> dict:
+    likelihood, network = draw(st.sampled_from(list(LIKELIHOODS))), draw(st.sampled_from(list(NETWORKS)))
+    return {
+        "likelihood": likelihood,
+        "network": network,
+        **draw(LIKELIHOOD_SETTINGS.get(likelihood, st.just({}))),
+        **draw(NETWORK_SETTINGS.get(network, st.just({}))),
+        **draw(COMMON_SETTINGS),
+    }
+
+
+@given(settings=valid_settings())
+def test_json_round_trip(settings):
+    config = Config(**settings)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize("values", [{"no_such_setting": 1}, {"epochs": "many"}, {"hidden": 5}, {"limit": []}])
+def test_foreign_settings_are_a_value_error(values):
+    with pytest.raises(ValueError):  # noqa: PT011 - what it says depends on the value
+        Config.from_json(values)
+
+
+INVALID = {
+    "epochs": [0, -1],
+    "batch_size": [0, -1],
+    "latent_dim": [0, -1],
+    "particles": [0, -1],
+    "patience": [0, -1],
+    "image_size": [0, -1],
+    "kl_warmup": [-1],
+    "beta": [0.0, -1.0, math.nan, math.inf],
+    "lr": [0.0, -1.0, math.nan, math.inf],
+    "seed": [-1, 2**32],
+    "limit": [(0, None), (5, 0), (-1, 5)],
+    "likelihood": ["poisson"],
+    "network": ["transformer"],
+    "guide": ["delta-force"],
+    "estimator": ["magic"],
+    "binarize": ["sometimes"],
+    "activation": ["sign"],
+    "scale_head": ["square"],
+}
+INVALID_WITH = {
+    ("likelihood", "gaussian"): {
+        "c": [0.0, -1.0, math.nan, math.inf],
+        "levels": [4],
+        "binarize": ["soft"],
+    },
+    ("likelihood", "categorical"): {"levels": [1, 257, 0], "c": [0.05], "binarize": ["soft"]},
+    ("likelihood", "bernoulli"): {"c": [0.05, "learned"], "levels": [4]},
+    ("likelihood", "continuous-bernoulli"): {"c": [0.05], "levels": [4], "binarize": ["soft"]},
+    ("network", "mlp"): {"hidden": [(), (0,), (10, -1)], "channels": [(8,)]},
+    ("network", "cnn"): {"channels": [(), (0,), (8, -1)], "hidden": [(8,)]},
+}
+WRONG_SETTINGS = [({}, field, value) for field, values in INVALID.items() for value in values] + [
+    (dict([part]), field, value)
+    for part, invalid in INVALID_WITH.items()
+    for field, values in invalid.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("parts", "field", "value"), WRONG_SETTINGS, ids=str)
+def test_a_wrong_setting_is_one_line_that_begins_with_its_name(parts, field, value):
+    with pytest.raises(ValueError, match=rf"\Aexpected {field} .*\Z"):
+        Config(**parts, **{field: value})
+
+
+def weights_of(module: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_weights_depend_on_the_seed_alone(make_vae, network):
+    before = torch.get_rng_state()
+    first = weights_of(make_vae(network=network, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    assert torch.equal(weights_of(make_vae(network=network, seed=1)), first)
+    assert not torch.equal(weights_of(make_vae(network=network, seed=2)), first)
+
+
+def test_weights_do_not_depend_on_what_comes_after_them(make_vae):
+    """One seed serves every estimator: a comparison of estimators starts from the same weights."""
+    vaes = [
+        make_vae(estimator=name, use_rep=use_rep, particles=3)
+        for name, use_rep in product(ESTIMATORS, (True, False))
+    ]
+    assert all(torch.equal(weights_of(vae), weights_of(vaes[0])) for vae in vaes)
+
+
+@pytest.mark.parametrize(("given", "of_data", "levels"), [(None, 17, 17), (None, 256, 256), (4, 17, 4)])
+def test_grey_levels_are_those_of_the_data_unless_given(given, of_data, levels):
+    assert Config(likelihood="categorical", levels=given).make_likelihood(of_data).outputs == levels
+
+
+def every_setting() -> list[dict]:
+    """Every likelihood, with those of its settings that bring parameters of their own."""
+    return [{"likelihood": name} for name in LIKELIHOODS] + [{"likelihood": "gaussian", "c": "learned"}]
+
+
+def without_effect(vae: nn.Module) -> set[str]:
+    """Biases right before a batch norm, which subtracts them again: their gradient is exactly zero."""
+    names = {module: name for name, module in vae.named_modules()}
+    return {
+        f"{names[first]}.bias"
+        for body in vae.modules()
+        if isinstance(body, nn.Sequential)
+        for first, second in pairwise(body)
+        if isinstance(second, nn.BatchNorm2d)
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)], ids=str)
+@pytest.mark.parametrize("use_rep", [True, False], ids=["pathwise", "score"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("settings", every_setting(), ids=lambda settings: "-".join(settings.values()))
+def test_every_parameter_receives_gradient(settings, network, guide, estimator, use_rep, shape):
+    for particles in (1, 3):
+        config = Config(
+            **settings, network=network, guide=guide, estimator=estimator, use_rep=use_rep, particles=particles
+        )
+        vae = config.make_vae(shape, levels=17)
+        x = vae.likelihood.observe(torch.rand(6, math.prod(shape)))
+        loss = config.make_estimator().differentiable_loss(*vae.pair, x)
+        loss.backward()
+        assert loss.isfinite()
+        for name, parameter in vae.named_parameters():
+            assert parameter.grad is not None, f"{name} received no gradient"
+            assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+            assert parameter.grad.any() or name in without_effect(vae), f"the gradient of {name} is zero"
+
+
+@pytest.mark.parametrize("head", SCALE_HEADS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_and_scale_head_fits(make_vae, activation, head):
+    vae = make_vae(activation=activation, scale_head=head)
+    assert vae.sample(2).shape == (2, 1, 8, 8)
+    assert (vae.approximate_posterior(torch.rand(3, 64)).stddev > 0).all()
+
+
+def test_every_setting_of_a_part_is_a_setting_of_a_run():
+    names = {field.name for field in dataclasses.fields(Config)}
+    for part in (*LIKELIHOODS.values(), *NETWORKS.values()):
+        assert {field.name for field in dataclasses.fields(part)} <= names
