@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -53,18 +54,18 @@ def reconstructions(
 
 
 def grid(rows: Sequence[Sequence[Float[Tensor, "C H W"]]], title: str = "") -> Figure:
-    """Images in rows and columns, one axes each, pixels from 0 (black) to 1 (white)."""
+    """Images of one shape in rows and columns, a white pixel apart, from 0 (black) to 1 (white)."""
+    channels, height, width = rows[0][0].shape
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(0.8 * columns, 0.8 * len(rows) + (0.35 if title else 0)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
-    if title:
-        figure.suptitle(title, fontsize="medium")
-    all_axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in all_axes.flat:
-        axes.set_axis_off()
-    for row_axes, row in zip(all_axes, rows, strict=True):
-        for axes, image in zip(row_axes, row, strict=False):
-            _show(axes, image)
+    canvas = torch.ones(channels, len(rows) * (height + 1) - 1, columns * (width + 1) - 1)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            canvas[:, i * (height + 1) :, j * (width + 1) :][:, :height, :width] = image
+    figure = Figure(figsize=(0.8 * columns, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_title(title, fontsize="medium")
+    _show(axes, canvas)
     return figure
 
 
