@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
-HELD_OUT = 0.1  # the fraction of images for validation and, where the source has none, for test
+HELD_OUT = 0.1, 5000  # for validation and, where the source has none, for test: this fraction, at most so many
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -149,7 +149,8 @@ def load_dataset(
     """
     source = _read(name, data_dir or default_data_dir(), image_size)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out = max(1, round(HELD_OUT * len(order)))
+    fraction, most = HELD_OUT
+    held_out = min(max(1, round(fraction * len(order))), most)
     splits = 2 if source.test is None else 1
     if len(order) <= splits * held_out:
         raise ValueError(f"expected at least {splits + 1} images in {name!r}, got {len(order)}")

@@ -85,6 +85,9 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     state = load_checkpoint(directory / "checkpoint.pt", device)
     with explained(directory / "checkpoint.pt"):
         vae.load_state_dict(state["model"])
+        done = state["progress"]["epoch"]
+    if config.epochs < done:
+        raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
     if config != saved:
         _write_config(directory, config, dataset)
     return directory, _fit(directory, config, dataset.to(device), vae, resume=True, quiet=quiet)

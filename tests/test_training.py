@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,9 +125,24 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert tensors_equal(before, contents(run))
 
 
-def test_resume_refuses_other_data(tmp_path):
-    import numpy as np
+def test_resume_refuses_fewer_epochs_than_were_done(tmp_path):
+    run, _ = runs.train(Config(**TINY), out=tmp_path / "run")
+    with pytest.raises(runs.RunError, match="expected epochs >= 4, which the run has done, got 3"):
+        runs.resume(run, changes={"epochs": 3})
+    assert runs.read_config(run)[0].epochs == 4
 
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_the_gpu_resumes_and_loads_on_the_cpu(tmp_path, interrupt):
+    interrupt(7)
+    run, _ = runs.train(Config(**TINY, cuda=True), out=tmp_path / "run")
+    _, result = runs.resume(run)
+    assert result.progress.finished
+    assert runs.load(run).sample(2).device.type == "cpu"
+    assert runs.load(run, device="cuda").sample(2).device.type == "cuda"
+
+
+def test_resume_refuses_other_data(tmp_path):
     path = tmp_path / "images.npy"
     np.save(path, np.random.default_rng(0).random((40, 4, 4)))
     run, _ = runs.train(Config(dataset=str(path), epochs=1, hidden=(8,)), out=tmp_path / "run")
