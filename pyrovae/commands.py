@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from pyrovae import runs
 from pyrovae.cli import SUMMARIES
@@ -79,12 +81,14 @@ def _one_line_errors() -> Iterator[None]:
     """A wrong call or file as one line and exit code 2, a failed run as one line and exit code 1."""
     try:
         yield
-    except DivergedError as error:
-        _fail(str(error), EXIT_FAILED)
     except ValueError as error:
         _fail(_with_flags(str(error)), EXIT_WRONG_CALL)
-    except (OSError, MemoryError) as error:
-        _fail(str(error) or type(error).__name__, EXIT_WRONG_CALL)
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        _fail(str(error), EXIT_WRONG_CALL)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _fail(f"out of memory ({error}): try a smaller --batch-size", EXIT_FAILED)
+    except (DivergedError, OSError) as error:
+        _fail(str(error), EXIT_FAILED)
 
 
 def _with_flags(message: str) -> str:
@@ -145,9 +149,8 @@ def _summary(run: Path, result: Fit) -> str:
         f"  {describe(best)} nats per image",
     ]
     config, data = runs.read_config(run)
-    vae = runs.load(run)
-    pixels = data["shape"][0] * data["shape"][1] * data["shape"][2]
-    bits = bits_per_dim(vae, best["validation_elbo"], pixels)
+    likelihood = config.make_likelihood(data["levels"])
+    bits = bits_per_dim(likelihood, best["validation_elbo"], math.prod(data["shape"]))
     if bits is not None:
         lines.append(f"  validation: at most {bits:.4f} bits per dimension")
     if config.likelihood == "gaussian" and best["loss_without_constant"] is not None:

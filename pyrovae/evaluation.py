@@ -10,6 +10,7 @@ import torch
 
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
+from pyrovae.likelihoods import Likelihood
 from pyrovae.vae import VAE
 
 
@@ -54,17 +55,17 @@ def evaluate(
     return Evaluation(bound, reconstruction, kl, len(images), math.prod(images.shape))
 
 
-def bits_per_dim(vae: VAE, bound: float, num_pixels: int) -> float | None:
+def bits_per_dim(likelihood: Likelihood, bound: float, num_pixels: int) -> float | None:
     """A bound on -log p(x) in bits per pixel; None where pixels are not discrete (it means nothing)."""
-    return -bound / (num_pixels * math.log(2)) if vae.likelihood.discrete else None
+    return -bound / (num_pixels * math.log(2)) if likelihood.discrete else None
 
 
-def without_constant(vae: VAE, bound: float, num_pixels: int) -> float | None:
+def without_constant(likelihood: Likelihood, bound: float, num_pixels: int) -> float | None:
     """Minus the bound without log p(x|z)'s constant: SSE/(2c) + KL for a Gaussian of fixed c, in nats.
 
     None where c is learned, since the constant then is none.
     """
-    constant = vae.likelihood.log_constant(num_pixels)
+    constant = likelihood.log_constant(num_pixels)
     return None if constant is None else constant - bound
 
 

@@ -243,7 +243,7 @@ class _Trainer:
             "elbo": bound,
             "reconstruction": reconstruction,
             "kl": kl,
-            "loss_without_constant": without_constant(self.vae, bound, result.num_pixels),
+            "loss_without_constant": without_constant(self.vae.likelihood, bound, result.num_pixels),
             "beta": self.vae.beta,
             "validation_elbo": result.bound,
             "validation_reconstruction": result.reconstruction,
@@ -316,6 +316,11 @@ class _Trainer:
             self.sums.copy_(state["sums"])
             set_random_states(state["random"], self.device)
         self.history = read_metrics(self.directory)[: self.progress.epoch]
+        if len(self.history) < self.progress.epoch:
+            raise CheckpointError(
+                f"expected the metrics of {self.progress.epoch} epochs in {self.directory / 'metrics.jsonl'}, "
+                f"got {len(self.history)}"
+            )
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(self.directory / "metrics.jsonl", text)
 

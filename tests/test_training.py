@@ -22,6 +22,7 @@ from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, 
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
+from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.training import DivergedError, fit
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,13 @@ def test_metrics_with_a_torn_last_line_are_read_up_to_it(tmp_path):
     assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_resume_refuses_to_go_on_without_the_metrics_so_far(tmp_path):
+    run, _ = runs.train(Config(**TINY | {"epochs": 2}), out=tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"expected the metrics of 2 epochs in .*, got 0"):
+        runs.resume(run)
+
+
 # What stops a run
 
 
@@ -390,15 +398,16 @@ def test_a_gaussian_loss_without_constant_is_sse_over_2c_plus_kl(make_vae):
         sse = ((vae.likelihood.mean(vae.decoder(z)) - x) ** 2).sum(-1)
         prior = torch.distributions.Normal(z.new_zeros(()), 1.0)
         kl = q.log_prob(z) - prior.log_prob(z).sum(-1)
-    assert without_constant(vae, result.bound, 64) == pytest.approx((sse / 0.6 + kl).mean().item(), rel=1e-10)
+    assert without_constant(vae.likelihood, result.bound, 64) == pytest.approx(
+        (sse / 0.6 + kl).mean().item(), rel=1e-10
+    )
 
 
-def test_bits_per_dimension_of_a_uniform_categorical_are_log2_levels(make_vae):
-    vae = make_vae(likelihood="categorical", hidden=(8,))
+def test_bits_per_dimension_of_a_uniform_categorical_are_log2_levels():
     uniform = -64 * math.log(17)
-    assert bits_per_dim(vae, uniform, 64) == pytest.approx(math.log2(17))
-    for other in ({"likelihood": "gaussian"}, {"likelihood": "continuous-bernoulli"}, {"binarize": "soft"}):
-        assert bits_per_dim(make_vae(**other), uniform, 64) is None
+    assert bits_per_dim(Categorical(levels=17), uniform, 64) == pytest.approx(math.log2(17))
+    for other in (Gaussian(), ContinuousBernoulli(), Bernoulli(binarize="soft")):
+        assert bits_per_dim(other, uniform, 64) is None
 
 
 def test_evaluation_is_repeatable_and_touches_no_random_state(make_vae):
