@@ -85,6 +85,13 @@ class Config:
         metavar="DIR",
         shown="$PYROVAE_DATA or ~/.cache/pyrovae",
     )
+    held_out: int | None = option(
+        None,
+        "Validation images, taken from the source's training images.",
+        parse=int,
+        metavar="N",
+        shown="a tenth, at most 5,000",
+    )
     limit: tuple[int, int | None] | None = option(
         None,
         "Use at most this many training (and validation) images, drawn with the seed.",
@@ -163,7 +170,7 @@ class Config:
     )
 
     def __post_init__(self):
-        for name in ("latent_dim", "particles", "epochs", "batch_size", "patience", "image_size"):
+        for name in ("latent_dim", "particles", "epochs", "batch_size", "patience", "held_out", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
@@ -190,6 +197,7 @@ class Config:
         return load_dataset(
             self.dataset,
             data_dir=Path(self.data_dir) if self.data_dir else None,
+            held_out=self.held_out,
             limit=self.limit,
             image_size=self.image_size,
             seed=self.seed,

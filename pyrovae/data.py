@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
-HELD_OUT = 0.1, 5000  # for validation and, where the source has none, for test: this fraction, at most so many
+HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
@@ -126,6 +126,7 @@ def load_dataset(
     name: str,
     *,
     data_dir: Path | None = None,
+    held_out: int | None = None,
     limit: tuple[int, int | None] | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -138,6 +139,8 @@ def load_dataset(
             subfolders are classes. Arrays are (N, H, W) or (N, H, W, C): uint8, bool, or floats in
             [0, 1].
         data_dir: Where torchvision's datasets lie or go; `default_data_dir()` if None.
+        held_out: Validation images, taken from the source's training images; a tenth, at most 5,000, if
+            None. As many again as that default are for test where the source has no test images.
         limit: At most this many (training, validation) images, a subset drawn with `seed`; None
             for all of either.
         image_size: The side to which a folder's images are resized and cropped; None to keep them.
@@ -149,12 +152,14 @@ def load_dataset(
     """
     source = _read(name, data_dir or default_data_dir(), image_size)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    fraction, most = HELD_OUT
-    held_out = min(max(1, round(fraction * len(order))), most)
-    splits = 2 if source.test is None else 1
-    if len(order) <= splits * held_out:
-        raise ValueError(f"expected at least {splits + 1} images in {name!r}, got {len(order)}")
-    validation, test, train = order.split([held_out, (splits - 1) * held_out, len(order) - splits * held_out])
+    default = min(max(1, round(HELD_OUT * len(order))), MOST_HELD_OUT)
+    sizes = default if source.test is None else 0, default if held_out is None else held_out
+    if len(order) <= sum(sizes):
+        raise ValueError(
+            f"expected more than {sum(sizes)} images in {name!r}, got {len(order)}: {sizes[0]} are for test "
+            f"and {sizes[1]} for validation"
+        )
+    test, validation, train = order.split([*sizes, len(order) - sum(sizes)])  # test first: always the same
     if limit is not None:
         generator = torch.Generator().manual_seed(seed)
         train = train[torch.randperm(len(train), generator=generator)[: limit[0]]]

@@ -97,13 +97,13 @@ def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> F
     axes = figure.subplots()
     points = z.detach().cpu().numpy()
     classes = [] if labels is None else labels.unique().tolist()
-    size = np.clip(4000 / len(points), 2, 20)
+    size = np.clip(4000 / len(points), 3, 20)
     if 1 < len(classes) <= MAX_CLASSES:
         colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
         for label, colour in zip(classes, colours, strict=False):
             chosen = (labels == label).cpu().numpy()
             axes.scatter(*points[chosen].T, s=size, color=colour, label=str(label), alpha=0.7, linewidths=0)
-        axes.legend(title="class", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(title="class", markerscale=(30 / size) ** 0.5, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         axes.scatter(*points.T, s=size, alpha=0.7, linewidths=0)
     angle = np.linspace(0, 2 * np.pi, 200)

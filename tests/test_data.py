@@ -91,6 +91,16 @@ def test_splits_are_disjoint_and_cover(tmp_path_factory, count, test_count):
         assert numbers(dataset.test) == list(range(count, count + test_count))
 
 
+@pytest.mark.parametrize("held_out", [1, 30])
+def test_another_validation_size_leaves_the_test_images_as_they_are(numbered_file, held_out):
+    default, other = load_dataset(str(numbered_file)), load_dataset(str(numbered_file), held_out=held_out)
+    assert len(other.validation) == held_out
+    assert torch.equal(other.test.pixels, default.test.pixels)
+    assert sum(map(len, splits(other))) == sum(map(len, splits(default)))
+    with pytest.raises(ValueError, match="expected more than"):
+        load_dataset(str(numbered_file), held_out=10_000)
+
+
 def test_splits_do_not_depend_on_the_seed(numbered_file):
     first, second = (load_dataset(numbered_file, seed=seed) for seed in (0, 1))
     assert first.checksum == second.checksum
