@@ -142,7 +142,7 @@ class Config:
     activation: str | None = option(None, "Of the hidden layers.", choices=ACTIVATIONS, shown="elu")
     guide: str = option("mean-field", "q(z|x).", choices=GUIDES)
     scale_head: str | None = option(
-        None, "How a network output becomes the guide's variance.", choices=SCALE_HEADS, shown="softplus"
+        None, "How a network output becomes the guide's variance.", choices=SCALE_HEADS, shown="exp"
     )
     estimator: str = option("elbo", "The bound and its gradient.", choices=ESTIMATORS)
     use_rep: bool = option(True, "Pathwise gradients (the reparameterization trick), or the score function.")

@@ -58,7 +58,7 @@ class MeanField(Guide):
     https://arxiv.org/abs/1312.6114, eq. 9 (there with the `exp` head).
     """
 
-    def __init__(self, encoder: Encoder, latent_dim: int, *, scale_head: str = "softplus"):
+    def __init__(self, encoder: Encoder, latent_dim: int, *, scale_head: str = "exp"):
         super().__init__()
         if scale_head not in SCALE_HEADS:
             raise ValueError(f"expected scale_head in {', '.join(SCALE_HEADS)}, got {scale_head!r}")

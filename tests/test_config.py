@@ -1,6 +1,7 @@
 """Config: JSON and back, one line for every wrong setting, and parts that always fit together."""
 
 import dataclasses
+import inspect
 import json
 import math
 from itertools import pairwise, product
@@ -14,7 +15,7 @@ from torch import nn
 from pyrovae.config import Config
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides import GUIDES, SCALE_HEADS
+from pyrovae.guides import GUIDES, SCALE_HEADS, MeanField
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
 from pyrovae.networks import ACTIVATIONS, NETWORKS
 
@@ -204,3 +205,13 @@ def test_every_setting_of_a_part_is_a_setting_of_a_run():
     names = {field.name for field in dataclasses.fields(Config)}
     for part in (*LIKELIHOODS.values(), *NETWORKS.values()):
         assert {field.name for field in dataclasses.fields(part)} <= names
+
+
+def test_the_defaults_that_help_shows_are_those_of_the_parts():
+    shown = {field.name: field.metadata.get("shown") for field in dataclasses.fields(Config)}
+    parts = [*LIKELIHOODS.values(), *NETWORKS.values()]
+    defaults = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
+    defaults["scale_head"] = inspect.signature(MeanField).parameters["scale_head"].default
+    del defaults["levels"]  # depends on the data
+    for name, default in defaults.items():
+        assert shown[name] == (",".join(map(str, default)) if isinstance(default, tuple) else str(default))
