@@ -5,6 +5,7 @@ and `pyrovae --help` are instant.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 
 _NAMES_OF = {
     "runs": ["train", "resume", "load"],
@@ -30,9 +31,11 @@ __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")
-    return getattr(import_module(f"pyrovae.{_MODULE_OF[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"pyrovae.{_MODULE_OF[name]}"), name)
+    if not name.startswith("_") and find_spec(f"pyrovae.{name}"):
+        return import_module(f"pyrovae.{name}")
+    raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,14 +3,17 @@
 import contextlib
 import inspect
 import math
+import os
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from pyrovae import runs
 from pyrovae.cli import SUMMARIES
@@ -83,12 +86,12 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         _fail(_with_flags(str(error)), EXIT_WRONG_CALL)
-    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        _fail(str(error), EXIT_WRONG_CALL)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _fail(f"out of memory ({error}): try a smaller --batch-size", EXIT_FAILED)
     except (DivergedError, OSError) as error:
         _fail(str(error), EXIT_FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        _fail(f"out of memory ({error}): try a smaller network or --batch-size", EXIT_FAILED)
 
 
 def _with_flags(message: str) -> str:
@@ -106,9 +109,7 @@ def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) ->
     ctx = click.get_current_context()
     with _one_line_errors():
         if resume is None:
-            config = Config(**settings)
-            _say(quiet, _plan(config))
-            run, result = runs.train(config, out=out, quiet=quiet)
+            run, result = runs.train(Config(**settings), out=out, quiet=quiet)
         elif out is not None:
             raise runs.RunError("expected out without --resume, which continues in the run's own directory")
         else:
@@ -116,7 +117,7 @@ def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) ->
         if result.stopped_by is not None and not result.progress.finished:
             click.echo(
                 f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
-                f"  {_program(ctx)} train --resume {run}",
+                f"  {_program(ctx)} train --resume {shlex.quote(str(run))}",
                 err=True,
             )
             raise click.exceptions.Exit(128 + result.stopped_by)
@@ -124,37 +125,27 @@ def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) ->
 
 
 def _program(ctx: click.Context) -> str:
-    path = ctx.find_root().info_name or "pyrovae"
-    return f"python {path}" if path.endswith(".py") else path
-
-
-def _say(quiet: bool, text: str) -> None:
-    if not quiet:
-        click.echo(text)
-
-
-def _plan(config: Config) -> str:
-    caveat = "" if config.make_likelihood(256).normalised else " (a pseudo-likelihood: its ELBO bounds nothing)"
-    return (
-        f"{config.dataset}, {config.likelihood} likelihood{caveat}, {config.network}, "
-        f"{config.latent_dim}-d latent, {config.guide} guide, {config.estimator} estimator, "
-        f"on {config.device()}"
-    )
+    """What to type for this program: a script by the interpreter that runs it."""
+    if not sys.argv[0].endswith("cli.py"):
+        return ctx.find_root().info_name
+    on_path = shutil.which("python") == sys.executable
+    return shlex.join(["python" if on_path else os.path.relpath(sys.executable), sys.argv[0]])
 
 
 def _summary(run: Path, result: Fit) -> str:
-    best = result.history[result.progress.best_epoch - 1]
+    best, last = result.history[result.progress.best_epoch - 1], result.history[-1]
+    config, data = runs.read_config(run)
+    likelihood, pixels = config.make_likelihood(data["levels"]), math.prod(data["shape"])
+    bits = bits_per_dim(likelihood, best["validation_elbo"], pixels)
     lines = [
         f"Trained {result.progress.epoch} epochs; validation was best at epoch {best['epoch']}:",
         f"  {describe(best)} nats per image",
     ]
-    config, data = runs.read_config(run)
-    likelihood = config.make_likelihood(data["levels"])
-    bits = bits_per_dim(likelihood, best["validation_elbo"], math.prod(data["shape"]))
+    if not likelihood.normalised:
+        lines.append("  under a pseudo-likelihood, which is not normalised: its ELBO bounds nothing")
     if bits is not None:
         lines.append(f"  validation: at most {bits:.4f} bits per dimension")
-    if config.likelihood == "gaussian" and best["loss_without_constant"] is not None:
-        last = result.history[-1]
+    if likelihood.log_constant(pixels):
         lines.append(f"  final training loss SSE/(2c) + KL: {last['loss_without_constant']:.1f} nats per image")
     return "\n".join([*lines, f"Figures and checkpoints: {run}"])
 
@@ -174,7 +165,7 @@ train_command = click.Command(
         click.Option(
             ["--resume"],
             metavar="RUN",
-            help="Continue this run; only --epochs, --patience, --cuda and --data-dir may differ.",
+            help=f"Continue this run; only {', '.join(map(_flag, runs.MAY_CHANGE))} may differ.",
         ),
         click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
     ],

@@ -4,6 +4,7 @@ Each field is also an option of `pyrovae train`, and a key of a run's `config.js
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -22,12 +23,6 @@ from pyrovae.vae import VAE
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
-
-
-def _dataset(text: str) -> str:
-    """A name as it is; an existing path as an absolute one, so that a run can be resumed from anywhere."""
-    path = Path(text).expanduser()
-    return str(path.resolve()) if text not in DATASETS and path.exists() else text
 
 
 def _directory(text: str) -> str:
@@ -76,7 +71,6 @@ class Config:
         "digits",
         f"Images: {', '.join(DATASETS)}, or a path to an .npz, a .npy or a folder of image files.",
         short="d",
-        parse=_dataset,
     )
     data_dir: str | None = option(
         None,
@@ -218,13 +212,12 @@ class Config:
     def make_vae(self, shape: tuple[int, int, int], levels: int) -> VAE:
         """A VAE for images of this shape (C, H, W), with weights that the seed determines."""
         likelihood, network = self.make_likelihood(levels), self.make_network()
-        scale_head = {} if self.scale_head is None else {"scale_head": self.scale_head}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             return VAE(
                 likelihood=likelihood,
                 decoder=network.decoder(self.latent_dim, shape, likelihood.outputs),
-                guide=GUIDES[self.guide](network.encoder(shape), self.latent_dim, **scale_head),
+                guide=GUIDES[self.guide](network.encoder(shape), self.latent_dim, **self._guide_settings()),
                 latent_dim=self.latent_dim,
                 beta=self.beta,
             )
@@ -245,6 +238,15 @@ class Config:
             )
         return torch.device("cuda" if self.cuda else "cpu")
 
+    def resolved(self, levels: int) -> "Config":
+        """Every default of the chosen parts written out, and paths absolute: the same run anywhere, later."""
+        parts = self.make_likelihood(levels), self.make_network()
+        settings = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+        path = Path(self.dataset).expanduser()
+        if self.dataset not in DATASETS and path.exists():
+            settings["dataset"] = str(path.resolve())
+        return dataclasses.replace(self, **settings, **self._guide_settings())
+
     def to_json(self) -> dict[str, Any]:
         """Plain types, for `from_json`."""
         return dataclasses.asdict(self)
@@ -260,6 +262,12 @@ class Config:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:
             raise ValueError(f"expected the settings of a run, got: {error}") from None
+
+    def _guide_settings(self) -> dict[str, Any]:
+        """The keyword arguments of the guide: this run's, else the family's defaults."""
+        parameters = inspect.signature(GUIDES[self.guide]).parameters.values()
+        settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {k: v if getattr(self, k) is None else getattr(self, k) for k, v in settings.items()}
 
     def _settings_of(self, part: type) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(part)}

@@ -208,7 +208,7 @@ def _read_torchvision(name: str, data_dir: Path) -> Source:
         for split in (train, test):
             if len(split.data) != len(split.targets):
                 raise ValueError(f"{len(split.data)} images, {len(split.targets)} labels")
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise ValueError(
             f"{raw} holds damaged files ({_reason(error)}): delete them to download again"
         ) from None
@@ -239,6 +239,11 @@ def read_arrays(path: Path) -> Source:
         )
     if "test_labels" in arrays and "test_images" not in arrays:
         raise ValueError(f"expected 'test_images' with the 'test_labels' in {path}, got none")
+    if arrays["images"].dtype == np.uint8 and 0 < arrays["images"].max(initial=0) < 32:
+        raise ValueError(
+            f"expected uint8 images with grey levels up to 255 in {path}, got up to {arrays['images'].max()}: "
+            "divide by the largest grey level"
+        )
     train = _images_from_array(path, arrays["images"], arrays.get("labels"))
     test = None
     if "test_images" in arrays:
@@ -284,7 +289,13 @@ def _pixels_from_array(path: Path, array: np.ndarray) -> Float[Tensor, "N C H W"
 
 def read_folder(path: Path, image_size: int | None) -> Source:
     """Images from the files in a folder; its subfolders, if it has any, are classes."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
     if not files:
         raise ValueError(f"expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none")
     arrays = [_read_image(file, image_size) for file in files]

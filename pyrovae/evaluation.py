@@ -22,14 +22,12 @@ class Evaluation:
         bound: What the estimator bounds log p(x) with; the ELBO for `elbo` and `analytic-kl`.
         reconstruction: E_q[log p(x|z)].
         kl: KL(q(z|x) || p(z)), without beta.
-        num_images: The number of images.
         num_pixels: D, the observed numbers per image.
     """
 
     bound: float
     reconstruction: float
     kl: float
-    num_images: int
     num_pixels: int
 
 
@@ -52,7 +50,7 @@ def evaluate(
             terms = estimator.bound(draws), draws.log_lik.mean(0), estimator.kl(draws)
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
     bound, reconstruction, kl = (sums / len(images)).tolist()
-    return Evaluation(bound, reconstruction, kl, len(images), math.prod(images.shape))
+    return Evaluation(bound, reconstruction, kl, math.prod(images.shape))
 
 
 def bits_per_dim(likelihood: Likelihood, bound: float, num_pixels: int) -> float | None:
@@ -74,5 +72,8 @@ def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
     """torch's default generators seeded, and on leaving set back to where they were."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

@@ -246,8 +246,10 @@ class Gaussian(Likelihood):
         return {"log_c": math.log(0.05)} if self.c == "learned" else {}
 
     def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
-        scale = (0.5 * learned["log_c"]).exp() if self.c == "learned" else math.sqrt(self.c)
-        return dist.Normal(self.mean(eta), scale).to_event(1)
+        mean = self.mean(eta)
+        # A tensor made where the mean lies: a Python number would be copied there, and waited for.
+        variance = learned["log_c"].exp() if self.c == "learned" else mean.new_full((), self.c)
+        return dist.Normal(mean, variance.sqrt()).to_event(1)
 
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None

@@ -19,11 +19,12 @@ from pyrovae import figures
 from pyrovae.checkpoints import explained, load_checkpoint, read_metrics, write_atomically
 from pyrovae.config import Config
 from pyrovae.data import Dataset
-from pyrovae.training import Fit, fit
+from pyrovae.training import DeferredSignals, Fit, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
 
 PICTURED = 20  # images in a figure of reconstructions or samples
 GRID_SIDE = 20  # decoded points per side of the manifold
+MAY_CHANGE = ("epochs", "patience", "cuda", "dataset", "data_dir")  # on resuming; the data only in place
 VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
 
 
@@ -43,7 +44,6 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
 
     Raises:
         ValueError: The data or settings do not do; nothing was written.
-        OSError: The directory cannot be written.
         DivergedError: Training met a value that is not finite.
 
     Example:
@@ -53,9 +53,14 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     """
     device = config.device()
     dataset = config.make_dataset()
+    config = config.resolved(dataset.levels)
     vae = config.make_vae(dataset.shape, dataset.levels)
-    directory = _make_directory(config, out)
-    _write_config(directory, config, dataset)
+    check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
+    try:
+        directory = _make_directory(config, out)
+        _write_config(directory, config, dataset)
+    except OSError as error:
+        raise RunError(f"expected out where a run can be written, got: {error}") from None
     return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
 
 
@@ -63,7 +68,7 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     """Continues a run to its end, as if it had never been interrupted.
 
     Args:
-        changes: New values of `epochs`, `patience`, `cuda` or `data_dir`; no other setting may change.
+        changes: New values of settings in MAY_CHANGE; others must be as the run has them.
         quiet: No progress bar.
 
     Returns:
@@ -106,6 +111,8 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
     files = {"best": "best.pt", "last": "checkpoint.pt"}
     if which not in files:
         raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"expected a device that PyTorch has here, got {device}")
     directory = Path(run)
     config, data = read_config(directory)
     path = directory / files[which]
@@ -152,16 +159,16 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
     merged = config.to_json() | changes
     for name, value in merged.items():
-        if name not in ("epochs", "patience", "cuda", "data_dir") and value != getattr(config, name):
+        if name not in MAY_CHANGE and value != getattr(config, name):
             raise RunError(
                 f"expected {name} as the run has it, {getattr(config, name)}, got {value}: "
-                "only epochs, patience, cuda and data_dir may change on resuming"
+                f"only {', '.join(MAY_CHANGE)} may change on resuming"
             )
     return Config.from_json(merged)
 
 
 def _make_directory(config: Config, out: str | Path | None) -> Path:
-    """A directory that was not there, or was empty; figures/ in it."""
+    """A directory that was not there, or was empty."""
     if out is not None:
         directory = Path(out)
         directory.mkdir(parents=True, exist_ok=True)
@@ -176,11 +183,11 @@ def _make_directory(config: Config, out: str | Path | None) -> Path:
                 break
             except FileExistsError:
                 number += 1
-    (directory / "figures").mkdir()
     return directory
 
 
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
+    (directory / "figures").mkdir(exist_ok=True)
     pictured = dataset.validation.pixels[:PICTURED]
 
     def picture(epoch: int) -> None:
@@ -205,7 +212,8 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
         quiet=quiet,
     )
     if result.progress.finished:
-        _picture(directory, dataset, vae)
+        with DeferredSignals():
+            _picture(directory, dataset, vae)
     return result
 
 
@@ -225,7 +233,8 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
     }
     if vae.latent_dim == 2:
         z, quantiles = prior_grid(GRID_SIDE)
-        pictures["manifold"] = figures.manifold(vae.decode(z), quantiles.tolist())
+        rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
+        pictures["manifold"] = figures.manifold(rows, quantiles)
         pictures["latent"] = figures.latent_cloud(vae.encode(images.pixels), images.labels)
     for name, figure in pictures.items():
         figure.savefig(directory / "figures" / f"{name}.png", dpi=100)

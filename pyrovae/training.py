@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -117,9 +118,13 @@ def fit(
         SSE/(2c) + KL for a Gaussian.
 
     Raises:
+        ValueError: epochs or batch_size is less than 1.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
     """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
     trainer = _Trainer(
         vae=vae,
         train=train,
@@ -133,11 +138,11 @@ def fit(
         seed=seed,
         directory=directory,
     )
-    with preserved_random_states(), _Signals() as signals:
+    with preserved_random_states(), DeferredSignals() as signals:
+        pyro.set_rng_seed(seed)
         if resume:
             trainer.restore()
         else:
-            pyro.set_rng_seed(seed)
             trainer.save()
         bar = tqdm(
             total=epochs * trainer.batches,
@@ -154,6 +159,22 @@ def fit(
                 if trainer.progress.batch == 0:
                     on_epoch(trainer.progress.epoch)
     return Fit(trainer.history, trainer.progress, signals.received)
+
+
+def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: int) -> None:
+    """Takes the gradient of the smallest batch of an epoch, on a copy: whether the parts fit together.
+
+    Raises:
+        ValueError: They do not: the estimator refuses the guide, say, or batch norm a batch of one image.
+    """
+    copy = deepcopy(vae).train()
+    size = len(images) % batch_size if len(images) % batch_size > 1 else min(len(images), batch_size)
+    try:
+        with preserved_random_states():
+            observed = vae.likelihood.observe(images.pixels[:size].flatten(1))
+            estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[0]) from None  # without the shapes that Pyro appends
 
 
 @dataclass
@@ -192,7 +213,7 @@ class _Trainer:
             self.progress.finished = ""
         return bool(self.progress.finished)
 
-    def run_epoch(self, bar: tqdm, signals: "_Signals") -> None:
+    def run_epoch(self, bar: tqdm, signals: "DeferredSignals") -> None:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
         order = self._order()
@@ -206,6 +227,7 @@ class _Trainer:
             bar.update()
             if signals.received and self.progress.batch < self.batches:
                 self._check_finite(dict(zip(_TERMS, self.sums.tolist(), strict=True)))
+                self._check_parameters()
                 self.save()
                 return
         self._finish_epoch(started)
@@ -237,7 +259,9 @@ class _Trainer:
 
     def _finish_epoch(self, started: float) -> None:
         bound, reconstruction, kl = (self.sums / len(self.train)).tolist()
-        result = evaluate(self.vae, self.validation, estimator=self.estimator, seed=self.seed)
+        result = evaluate(
+            self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
+        )
         row: Row = {
             "epoch": self.progress.epoch + 1,
             "elbo": bound,
@@ -336,7 +360,7 @@ def describe(row: Row) -> str:
     )
 
 
-class _Signals:
+class DeferredSignals:
     """While entered, SIGINT and SIGTERM are only noted, in `received`; a second one acts as ever."""
 
     received: signal.Signals | None = None

@@ -53,6 +53,7 @@ def check_wrong_call(*args: str | Path, naming: str = "") -> None:
     assert result.exit_code == 2, result.output
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("Error: ")
+    assert result.stdout == ""
     assert naming in result.stderr
     assert contents(Path()) == before
 
@@ -130,6 +131,7 @@ SHORT_FLAGS = {
 OTHER_FLAGS = {
     "--network",
     "--guide",
+    "--held-out",
     "--estimator",
     "--lr",
     "--resume",

@@ -35,10 +35,11 @@ def pairs(images: Images) -> list[tuple[bytes, int]]:
 
 
 def numbered(count: int, shape: tuple[int, ...] = (2, 2)) -> dict[str, np.ndarray]:
-    """Images that are all different: image k holds k, in base 256, and is labelled k."""
+    """Images that are all different: image k holds k, in base 256, a white pixel, and is labelled k."""
     k = np.arange(count)
     images = np.zeros((count, *shape), dtype=np.uint8)
     images.reshape(count, -1)[:, :2] = np.stack([k // 256, k % 256], axis=1)
+    images.reshape(count, -1)[:, -1] = 255
     return {"images": images, "labels": k}
 
 
@@ -189,6 +190,7 @@ BAD_ARRAYS = {
     "zero images": save(images=grey(0, 4, 4)),
     "zero height": save(images=grey(6, 0, 4)),
     "channels first": save(images=grey(6, 3, 8, 8)),
+    "uint8 on another scale": save(images=(np.arange(20 * 4 * 4) % 17).reshape(20, 4, 4).astype(np.uint8)),
     "too few images": save(images=grey(2, 4, 4)),
     "nan": save(images=spoiled(np.nan)),
     "inf": save(images=spoiled(np.inf)),

@@ -47,6 +47,12 @@ def test_readme_python_blocks_run_in_order(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
 
 
+def test_readme_shows_pictures_that_are_there():
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
 def test_readme_commands_parse():
     """Each `python cli.py` line is one that the command line accepts."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("python cli.py")]

@@ -48,6 +48,7 @@ def test_gradient_mean_and_variance_are_those_of_theory(case, name):
         ("sharp", "analytic-kl", (2.56, 0.2192)),
         ("sharp", "elbo, score", (74.1906, 4.57623)),
         ("posterior", "elbo", (2, 2)),
+        ("posterior", "analytic-kl", (0.5, 0.625)),
         ("posterior", "elbo, score", (4.59355, 4.59355)),
     ],
 )

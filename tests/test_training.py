@@ -201,6 +201,58 @@ def test_fit_runs_in_a_thread(make_vae):
     assert results[0].progress.finished == "epochs"
 
 
+def test_a_signal_does_not_save_parameters_that_are_not_finite(tmp_path, interrupt, monkeypatch):
+    """The step's loss is finite, its gradient is not: only the parameters show it."""
+    step = pyrovae.training._Trainer._step
+
+    def spoiled(trainer, pixels):
+        step(trainer, pixels)
+        if trainer.progress.epoch == 1:
+            trainer.vae.decoder.body[-1].bias.data.fill_(math.nan)
+
+    monkeypatch.setattr(pyrovae.training._Trainer, "_step", spoiled)
+    interrupt(6)
+    with pytest.raises(DivergedError, match=r"parameter decoder.*checkpoint\.pt keeps the state before"):
+        runs.train(Config(**TINY), out=tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt", "cpu")
+    assert state["progress"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_run_resumes_with_its_defaults_given_in_words_and_its_data_moved(tmp_path, interrupt, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", np.random.default_rng(0).random((90, 8, 8)))
+    interrupt(2)
+    run, result = runs.train(Config(dataset="images.npy", epochs=1, batch_size=16), out="run")
+    assert result.stopped_by
+    moved = Path("images.npy").rename(tmp_path / "moved.npy")
+    (tmp_path / "elsewhere").mkdir()
+    (run / "figures").rmdir()
+    run = run.resolve()
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(ValueError, match="expected dataset"):
+        runs.resume(run)
+    same = {"scale_head": "exp", "hidden": (300, 100, 10), "activation": "elu", "binarize": "stochastic"}
+    _, result = runs.resume(run, changes={"dataset": str(moved), **same})
+    assert result.progress.finished
+    assert runs.read_config(run)[0].dataset == str(moved)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+def test_fit_refuses_nothing_to_do(make_vae, name):
+    images = Images(torch.rand(8, 1, 8, 8))
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, got 0"):
+        fit(make_vae(hidden=(8,)), images, images, quiet=True, **{name: 0})
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"limit": (1, 20)}], ids=str)
+def test_batch_norm_of_one_image_is_refused_before_anything_is_written(tmp_path, settings):
+    config = Config(**TINY | {"hidden": None, "network": "cnn"} | settings)
+    with pytest.raises(ValueError, match=r"\AExpected more than 1 value per channel.*\Z"):
+        runs.train(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # Checkpoints
 
 
