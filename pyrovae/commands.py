@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ def _option(field: Field) -> click.Option:
         kind = _Parsed(meta["parse"])
     if meta["short"]:
         flags.append(f"-{meta['short']}")
-    assert field.default is not MISSING
     return click.Option(
         flags,
         type=kind,
@@ -89,7 +88,7 @@ def _one_line_errors() -> Iterator[None]:
     except (DivergedError, OSError) as error:
         _fail(str(error), EXIT_FAILED)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         _fail(f"out of memory ({error}): try a smaller network or --batch-size", EXIT_FAILED)
 

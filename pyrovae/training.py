@@ -102,11 +102,17 @@ def fit(
     run after the batch at hand, with its state saved. Random states are the caller's again on return.
 
     Args:
+        vae: What is trained, in place.
+        train: The images to fit.
+        validation: The images that decide which parameters are the best, and when to stop.
         estimator: What is maximised; `Elbo()` if None.
+        epochs: Passes over the training images.
+        batch_size: Images per step; a last batch of one image joins the one before it.
         lr: Adam's learning rate.
         kl_warmup: Epochs over which the weight of the KL rises linearly to the VAE's beta.
         patience: Stop after this many epochs without a better validation objective; None never does.
         seed: Of the data order, the noise and stochastic binarization.
+        directory: Where to save; None to save nothing.
         resume: Continue from the directory's checkpoint, bit-identically (on a CPU) to a run that
             was never interrupted. Every other argument must be what it was; epochs may be more.
         on_epoch: Called with the epoch's number, from 1, after it was saved.
@@ -201,7 +207,7 @@ class _Trainer:
         self.batches = max(1, math.ceil((len(self.train) - (self.batch_size > 1)) / self.batch_size))
         self.device = self.train.pixels.device
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def over(self) -> bool:
         """Whether the run has ended; says why in `progress.finished`."""
@@ -247,9 +253,8 @@ class _Trainer:
         (-self.estimator.surrogate(draws).mean()).backward()
         self.optimizer.step()
         with torch.no_grad():
-            kl = self.estimator.kl(draws) / self.vae.beta
-            bound = self.estimator.bound(draws) + (self.vae.beta - 1) * kl
-            self.sums += torch.stack([bound.sum(), draws.log_lik.mean(0).sum(), kl.sum()])
+            kl = self.estimator.kl(draws).sum() / self.vae.beta
+            self.sums += torch.stack([draws.log_lik.sum() / draws.num_particles, kl])
 
     def _beta(self) -> float:
         """The weight of the KL: linear in the step over the warm-up, never 0, then the VAE's beta."""
@@ -258,16 +263,17 @@ class _Trainer:
         return self.beta * min(1.0, step / steps) if steps else self.beta
 
     def _finish_epoch(self, started: float) -> None:
-        bound, reconstruction, kl = (self.sums / len(self.train)).tolist()
+        reconstruction, kl = (self.sums / len(self.train)).tolist()
         result = evaluate(
             self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
         )
+        elbo = reconstruction - kl
         row: Row = {
             "epoch": self.progress.epoch + 1,
-            "elbo": bound,
+            "elbo": elbo,
             "reconstruction": reconstruction,
             "kl": kl,
-            "loss_without_constant": without_constant(self.vae.likelihood, bound, result.num_pixels),
+            "loss_without_constant": without_constant(self.vae.likelihood, elbo, result.num_pixels),
             "beta": self.vae.beta,
             "validation_elbo": result.bound,
             "validation_reconstruction": result.reconstruction,
@@ -349,7 +355,7 @@ class _Trainer:
         write_atomically(self.directory / "metrics.jsonl", text)
 
 
-_TERMS = ("elbo", "reconstruction", "kl")
+_TERMS = ("reconstruction", "kl")
 
 
 def describe(row: Row) -> str:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -32,8 +34,8 @@ class Draws:
         num_particles: K, the size of the outer plate of both traces; 1 where there is none.
 
     Raises:
-        ValueError: A sample site stands outside the data plate, or model and guide differ in their
-            latent sites.
+        ValueError: While Pyro's validation is on: a sample site stands outside the data plate, or model
+            and guide differ in their latent sites.
     """
 
     def __init__(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int):
@@ -42,7 +44,14 @@ class Draws:
         model_sites = _sample_sites(model_trace)
         self.observed_sites = {n: s for n, s in model_sites.items() if s["is_observed"]}
         self.model_sites = {n: s for n, s in model_sites.items() if not s["is_observed"]}
-        if self.guide_sites.keys() != self.model_sites.keys():
+        if is_validation_enabled():
+            self._validate()
+        plate = _data_plate(next(iter(self.guide_sites.values())))
+        self.batch_size = plate.size
+        self.subsampling = plate.full_size / plate.size
+
+    def _validate(self) -> None:
+        if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
             raise ValueError(
                 f"expected model and guide to sample the same latent sites, got "
                 f"{sorted(self.model_sites)} in the model and {sorted(self.guide_sites)} in the guide"
@@ -50,14 +59,12 @@ class Draws:
         if not self.observed_sites:
             raise ValueError("expected a model that observes data, got none: pass obs= to a pyro.sample")
         plates = {
-            _data_plate(name, site, num_particles)
-            for sites in (self.guide_sites, model_sites)
-            for name, site in sites.items()
+            _data_plate(site)
+            for sites in (self.guide_sites, self.model_sites, self.observed_sites)
+            for site in sites.values()
         }
         if len(plates) > 1:
-            raise ValueError(f"expected one data plate in model and guide, got {sorted(plates)}")
-        (_, self.batch_size, full_size) = plates.pop()
-        self.subsampling = full_size / self.batch_size
+            raise ValueError(f"expected one data plate, got {sorted(plate.name for plate in plates)}")
 
     @cached_property
     def log_lik(self) -> Float[Tensor, "K B"]:
@@ -212,17 +219,16 @@ def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     }
 
 
-def _data_plate(name: str, site: Site, num_particles: int) -> tuple[str, int, int]:
-    """The (name, batch size, full size) of the one plate around a site, the particles' plate aside."""
-    frames = sorted(site["cond_indep_stack"], key=lambda frame: -(frame.dim or 0))
-    outer = 1 if num_particles > 1 else 0
-    if [frame.dim for frame in frames[: len(frames) - outer]] != [-1]:
+def _data_plate(site: Site) -> CondIndepStackFrame:
+    """The one plate around a site, the particles' plate aside."""
+    plates = [frame for frame in site["cond_indep_stack"] if frame.name != "num_particles_vectorized"]
+    if [plate.dim for plate in plates] != [-1]:
         raise ValueError(
-            f"expected sample site {name!r} in one plate, over the data, at dim -1, got plates "
-            f"{ {frame.name: frame.dim for frame in frames} }: sample inside "
+            f"expected sample site {site['name']!r} in one plate, over the data, at dim -1, got plates "
+            f"{ {plate.name: plate.dim for plate in plates} }: sample inside "
             "pyro.plate('data', len(x), dim=-1) and declare other dimensions with .to_event()"
         )
-    return frames[0].name, frames[0].size, frames[0].full_size
+    return plates[0]
 
 
 def _check_reparameterized(guide_trace: poutine.Trace) -> None:
