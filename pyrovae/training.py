@@ -237,8 +237,8 @@ class _Trainer:
                 self.save()
                 return
         self._finish_epoch(started)
-        bar.set_description(f"epoch {self.progress.epoch}/{self.epochs}")
-        bar.set_postfix_str(describe(self.history[-1]))
+        bar.set_description(f"epoch {self.progress.epoch}/{self.epochs}", refresh=False)
+        bar.set_postfix_str(describe(self.history[-1]), refresh=False)
 
     def _order(self) -> Int[Tensor, " N"]:
         """The epoch's permutation of the training images: a function of the seed and the epoch."""
