@@ -4,6 +4,7 @@ A reader gives the training images and, where the source has them, its test imag
 splits off what is missing, so that train, validation and test never share an image.
 """
 
+import contextlib
 import os
 import tokenize
 import zipfile
@@ -199,6 +200,9 @@ def _read_torchvision(name: str, data_dir: Path) -> Source:
         try:
             family(str(data_dir), download=True)
         except (OSError, RuntimeError, HTTPException) as error:
+            with contextlib.suppress(OSError):  # the folders that the attempt made, if they are empty
+                raw.rmdir()
+                raw.parent.rmdir()
             raise ValueError(
                 f"could not download {name} ({_reason(error, line=-1)}): put {', '.join(files)} into {raw}, "
                 "or use the bundled dataset digits"
