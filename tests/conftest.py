@@ -8,6 +8,7 @@ install_import_hook("pyrovae", "beartype.beartype")
 import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import hypothesis  # noqa: E402
 import matplotlib  # noqa: E402
 import pyro  # noqa: E402
 import pytest  # noqa: E402
@@ -17,6 +18,8 @@ from pyrovae.config import Config  # noqa: E402
 from pyrovae.vae import VAE  # noqa: E402
 
 matplotlib.use("Agg")
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)
 
 

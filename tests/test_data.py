@@ -78,7 +78,7 @@ def test_digits_are_those_of_scikit_learn_on_their_17_grey_levels():
     assert (dataset.shape, dataset.levels) == ((1, 8, 8), 17)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(3, 400), test_count=st.integers(0, 20))
 def test_splits_are_disjoint_and_cover(tmp_path_factory, count, test_count):
     arrays = numbered(count + test_count)
@@ -233,7 +233,7 @@ def test_a_pickle_is_never_executed(tmp_path):
     assert (tmp_path / "executed").exists(), "the test's own pickle is harmless"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cut=st.floats(0, 1), place=st.floats(0, 1), byte=st.integers(0, 255), compressed=st.booleans())
 def test_a_damaged_npz_is_read_or_is_one_line(tmp_path_factory, cut, place, byte, compressed):
     file = tmp_path_factory.getbasetemp() / "damaged.npz"

@@ -148,7 +148,7 @@ def test_cnn_decoder_mirrors_the_channels_and_keeps_the_first_width():
 
 
 @pytest.mark.parametrize("name", SMALL)
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
     outputs=st.integers(1, 3),

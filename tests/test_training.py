@@ -158,7 +158,7 @@ def command(*arguments) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_stopped_by_a_signal_loses_nothing(tmp_path, number):
-    options = ["--limit", "1000/100", "-b", 16, "--hidden", "8", "-e", 6, "--figure-epochs", "1"]
+    options = ["--limit", "1000/100", "-b", 16, "--hidden", "8", "-e", 10, "--figure-epochs", "1"]
     run = tmp_path / "run"
     process = subprocess.Popen(command(*options, "-o", run), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.monotonic() + 60
