@@ -199,15 +199,14 @@ class Config:
 
     def make_likelihood(self, levels: int) -> Likelihood:
         """p(x|z), for images of this many grey levels."""
-        settings = self._settings_of(LIKELIHOODS[self.likelihood])
-        if "levels" in settings and self.levels is None:
-            settings["levels"] = levels
-        return LIKELIHOODS[self.likelihood](**{k: v for k, v in settings.items() if v is not None})
+        family = LIKELIHOODS[self.likelihood]
+        from_data = {"levels": levels} if "levels" in {f.name for f in fields(family)} else {}
+        return family(**from_data | self._settings_of(family))
 
     def make_network(self) -> Network:
         """The family of encoder and decoder."""
-        settings = self._settings_of(NETWORKS[self.network])
-        return NETWORKS[self.network](**{k: v for k, v in settings.items() if v is not None})
+        family = NETWORKS[self.network]
+        return family(**self._settings_of(family))
 
     def make_vae(self, shape: tuple[int, int, int], levels: int) -> VAE:
         """A VAE for images of this shape (C, H, W), with weights that the seed determines."""
@@ -270,7 +269,9 @@ class Config:
         return {k: v if getattr(self, k) is None else getattr(self, k) for k, v in settings.items()}
 
     def _settings_of(self, part: type) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(part)}
+        """The part's settings that are not left to its defaults."""
+        settings = {f.name: getattr(self, f.name) for f in fields(part)}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _check_belonging(self, role: str, registry: Mapping[str, type]) -> None:
         """No setting of a part that was not chosen: it would be ignored without a word."""

@@ -174,13 +174,20 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
         ValueError: They do not: the estimator refuses the guide, say, or batch norm a batch of one image.
     """
     copy = deepcopy(vae).train()
-    size = len(images) % batch_size if len(images) % batch_size > 1 else min(len(images), batch_size)
+    smallest = min(batch_sizes(len(images), batch_size))
     try:
         with preserved_random_states():
-            observed = vae.likelihood.observe(images.pixels[:size].flatten(1))
+            observed = vae.likelihood.observe(images.pixels[:smallest].flatten(1))
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0]) from None  # without the shapes that Pyro appends
+
+
+def batch_sizes(num_images: int, batch_size: int) -> list[int]:
+    """The sizes of an epoch's batches. A last one of one image joins the one before: batch norm needs two."""
+    full, rest = divmod(num_images, batch_size)
+    sizes = [batch_size] * full + [rest] * (rest > 0)
+    return [*sizes[:-2], batch_size + 1] if full and rest == 1 else sizes
 
 
 @dataclass
@@ -203,8 +210,8 @@ class _Trainer:
 
     def __post_init__(self):
         self.beta = self.vae.beta
-        # A last batch of one image would leave batch norm nothing to normalise: it joins the one before.
-        self.batches = max(1, math.ceil((len(self.train) - (self.batch_size > 1)) / self.batch_size))
+        self.sizes = batch_sizes(len(self.train), self.batch_size)
+        self.batches = len(self.sizes)
         self.device = self.train.pixels.device
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -222,18 +229,16 @@ class _Trainer:
     def run_epoch(self, bar: tqdm, signals: "DeferredSignals") -> None:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
-        order = self._order()
+        indices = self._order().split(self.sizes)
         pixels = self.train.pixels.flatten(1)
         self.vae.train()
         for batch in range(self.progress.batch, self.batches):
             with pyro.validation_enabled(self.progress.epoch == batch == 0):
-                stop = (batch + 1) * self.batch_size if batch + 1 < self.batches else None
-                self._step(pixels.index_select(0, order[batch * self.batch_size : stop]))
+                self._step(pixels.index_select(0, indices[batch]))
             self.progress.batch = batch + 1
             bar.update()
             if signals.received and self.progress.batch < self.batches:
                 self._check_finite(dict(zip(_TERMS, self.sums.tolist(), strict=True)))
-                self._check_parameters()
                 self.save()
                 return
         self._finish_epoch(started)
@@ -282,7 +287,6 @@ class _Trainer:
             "seconds": time.perf_counter() - started,
         }
         self._check_finite(row)
-        self._check_parameters()
         self.history.append(row)
         self.sums.zero_()
         p = self.progress
@@ -296,12 +300,11 @@ class _Trainer:
         self.save()
 
     def _check_finite(self, terms: Row) -> None:
+        """Before anything is saved: these terms, and every parameter."""
         # The bound last: it is not finite whenever a term is not.
         for name in sorted(terms, key=lambda name: name.endswith("elbo")):
             if terms[name] is not None and not math.isfinite(terms[name]):
                 self._diverged(f"{name.replace('_', ' ')} became {terms[name]}")
-
-    def _check_parameters(self) -> None:
         for name, parameter in self.vae.named_parameters():
             if not torch.isfinite(parameter).all():
                 self._diverged(f"parameter {name} is no longer finite")

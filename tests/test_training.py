@@ -24,6 +24,7 @@ from pyrovae.data import Images
 from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
 from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.training import DivergedError, fit
+from tests.test_data import Bomb
 
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": (70, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": (1,)}
@@ -271,18 +272,13 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, written):
     assert torch.load(path, weights_only=True) == {"format": "old"}
 
 
-class Danger:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(os.urandom(500)),
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(pickle.dumps(Danger())),
+        lambda path: path.write_bytes(pickle.dumps(Bomb(Path("executed")))),
         lambda path: torch.save({"a": 1}, path),
         lambda path: torch.save(torch.zeros(3), path),
         lambda path: torch.save({"format": "pyrovae checkpoint 0"}, path),
