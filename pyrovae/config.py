@@ -55,6 +55,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _settings(part: type) -> set[str]:
+    """The fields of Config that are settings of this part alone, or of parts like it."""
+    if dataclasses.is_dataclass(part):
+        return {field.name for field in fields(part)}
+    return {"alpha", "scale_head"} & inspect.signature(part).parameters.keys()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that a training run is made from. None means the default of the part concerned.
@@ -139,8 +146,24 @@ class Config:
         None, "How a network output becomes the guide's variance.", choices=SCALE_HEADS, shown="exp"
     )
     estimator: str = option("elbo", "The bound and its gradient.", choices=ESTIMATORS)
-    use_rep: bool = option(True, "Pathwise gradients (the reparameterization trick), or the score function.")
-    particles: int = option(1, "Monte Carlo samples per image, K.", short="K")
+    use_rep: bool | None = option(
+        None,
+        "Pathwise gradients (the reparameterization trick), or the score function.",
+        parse=bool,
+        shown="as the estimator does",
+    )
+    particles: int | None = option(
+        None,
+        "Monte Carlo samples per image, K.",
+        short="K",
+        parse=int,
+        metavar="K",
+        shown="the least that the estimator takes",
+    )
+    antithetic: bool = option(False, "Draw particles in pairs with opposite noise.")
+    alpha: float | None = option(
+        None, "The order of the renyi bound, 0 to below 1.", parse=float, metavar="ALPHA", shown="0.5"
+    )
     beta: float = option(1.0, "Weight of the KL; at 1 the objective is the ELBO.")
     kl_warmup: int = option(0, "Epochs over which that weight rises linearly.", metavar="EPOCHS")
     epochs: int = option(100, "Passes over the training images.", short="e")
@@ -183,8 +206,17 @@ class Config:
                 raise ValueError(f"expected {field.name} in {', '.join(choices)}, got {value!r}")
         self._check_belonging("likelihood", LIKELIHOODS)
         self._check_belonging("network", NETWORKS)
+        self._check_belonging("guide", GUIDES)
+        self._check_belonging("estimator", ESTIMATORS)
         self.make_likelihood(levels=256)
         self.make_network()
+        if self.make_estimator().importance_weighted:
+            for name, plain in (("beta", 1), ("kl_warmup", 0)):
+                if getattr(self, name) != plain:
+                    raise ValueError(
+                        f"expected {name} {plain} with estimator {self.estimator!r}, whose weights a scaled KL "
+                        f"spoils, got {getattr(self, name)}"
+                    )
 
     def make_dataset(self) -> Dataset:
         """The images, in memory on the CPU."""
@@ -223,7 +255,17 @@ class Config:
 
     def make_estimator(self) -> Estimator:
         """The bound and its gradient."""
-        return ESTIMATORS[self.estimator](num_particles=self.particles, use_rep=self.use_rep)
+        # Only what was given: an estimator has defaults of its own.
+        given = {
+            "num_particles": self.particles,
+            "use_rep": self.use_rep,
+            "antithetic": self.antithetic or None,
+        }
+        settings = {name: value for name, value in given.items() if value is not None}
+        try:
+            return ESTIMATORS[self.estimator](**settings, **self._settings_of(ESTIMATORS[self.estimator]))
+        except ValueError as error:
+            raise ValueError(str(error).replace("expected num_particles", "expected particles", 1)) from None
 
     def device(self) -> torch.device:
         """Where the run happens.
@@ -241,6 +283,13 @@ class Config:
         """Every default of the chosen parts written out, and paths absolute: the same run anywhere, later."""
         parts = self.make_likelihood(levels), self.make_network()
         settings = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+        estimator = self.make_estimator()
+        settings |= {name: getattr(estimator, name) for name in _settings(type(estimator))}
+        settings |= {
+            "particles": estimator.num_particles,
+            "use_rep": estimator.use_rep,
+            "antithetic": estimator.antithetic,
+        }
         path = Path(self.dataset).expanduser()
         if self.dataset not in DATASETS and path.exists():
             settings["dataset"] = str(path.resolve())
@@ -270,14 +319,14 @@ class Config:
 
     def _settings_of(self, part: type) -> dict[str, Any]:
         """The part's settings that are not left to its defaults."""
-        settings = {f.name: getattr(self, f.name) for f in fields(part)}
+        settings = {name: getattr(self, name) for name in _settings(part)}
         return {name: value for name, value in settings.items() if value is not None}
 
     def _check_belonging(self, role: str, registry: Mapping[str, type]) -> None:
         """No setting of a part that was not chosen: it would be ignored without a word."""
-        own = {f.name for f in fields(registry[getattr(self, role)])}
+        own = _settings(registry[getattr(self, role)])
         for name, part in registry.items():
-            for setting in {f.name for f in fields(part)} - own:
+            for setting in _settings(part) - own:
                 if getattr(self, setting) is not None:
                     raise ValueError(
                         f"expected {setting} with {role} {name!r} only, got it with {getattr(self, role)!r}"

@@ -19,7 +19,7 @@ class Evaluation:
     """Averages over images, in nats per image.
 
     Attributes:
-        bound: What the estimator bounds log p(x) with; the ELBO for `elbo` and `analytic-kl`.
+        bound: What the estimator bounds log p(x) with: the ELBO, or a tighter one of importance weights.
         reconstruction: E_q[log p(x|z)].
         kl: KL(q(z|x) || p(z)), without beta.
         num_pixels: D, the observed numbers per image.
@@ -47,7 +47,7 @@ def evaluate(
     with vae.evaluating(), seeded(seed, images.pixels.device), pyro.validation_enabled(False):
         for pixels in images.pixels.flatten(1).split(batch_size):
             draws = estimator.draws(*vae.pair, vae.likelihood.observe(pixels))
-            terms = estimator.bound(draws), draws.log_lik.mean(0), estimator.kl(draws)
+            terms = estimator.bound(draws), estimator.reconstruction(draws), estimator.kl(draws)
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
     bound, reconstruction, kl = (sums / len(images)).tolist()
     return Evaluation(bound, reconstruction, kl, math.prod(images.shape))

@@ -96,7 +96,7 @@ def fit(
 ) -> Fit:
     """Trains a VAE by Adam on the estimator's surrogate, on the device where it and the data are.
 
-    After each epoch the validation objective, reconstruction - beta * KL, decides which parameters are
+    After each epoch the validation objective, the bound at the VAE's beta, decides which parameters are
     the best so far. With a directory, they are saved there as `best.pt`, the state to continue from as
     `checkpoint.pt`, and the metrics as a line of `metrics.jsonl`. SIGINT (Ctrl-C) and SIGTERM end the
     run after the batch at hand, with its state saved. Random states are the caller's again on return.
@@ -119,23 +119,26 @@ def fit(
         quiet: No progress bar.
 
     Returns:
-        Metrics per epoch, in nats per image: `elbo`, `reconstruction` and `kl` as averages over the
-        training epoch, and over the validation images; `loss_without_constant` is
-        SSE/(2c) + KL for a Gaussian.
+        Metrics per epoch, in nats per image: the estimator's `bound` (at the VAE's beta, as it is
+        trained), `elbo`, `reconstruction` and `kl` as averages over the training epoch, and over the
+        validation images; `loss_without_constant` is SSE/(2c) + KL for a Gaussian.
 
     Raises:
-        ValueError: epochs or batch_size is less than 1.
+        ValueError: epochs or batch_size is less than 1, or a KL warm-up would spoil importance weights.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
+    estimator = estimator or Elbo()
+    if kl_warmup and estimator.importance_weighted:
+        raise ValueError(f"expected kl_warmup 0 for {type(estimator).__name__}, got {kl_warmup}")
     trainer = _Trainer(
         vae=vae,
         train=train,
         validation=validation,
-        estimator=estimator or Elbo(),
+        estimator=estimator,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -214,7 +217,7 @@ class _Trainer:
         self.batches = len(self.sizes)
         self.device = self.train.pixels.device
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
 
     def over(self) -> bool:
         """Whether the run has ended; says why in `progress.finished`."""
@@ -257,9 +260,11 @@ class _Trainer:
         draws = self.estimator.draws(*self.vae.pair, self.vae.likelihood.observe(pixels))
         (-self.estimator.surrogate(draws).mean()).backward()
         self.optimizer.step()
+        self.estimator.adapt(draws)
         with torch.no_grad():
-            kl = self.estimator.kl(draws).sum() / self.vae.beta
-            self.sums += torch.stack([draws.log_lik.sum() / draws.num_particles, kl])
+            terms = self.estimator.bound(draws), self.estimator.reconstruction(draws), self.estimator.kl(draws)
+            bound, reconstruction, kl = (term.sum() for term in terms)
+            self.sums += torch.stack([bound, reconstruction, kl / self.vae.beta])
 
     def _beta(self) -> float:
         """The weight of the KL: linear in the step over the warm-up, never 0, then the VAE's beta."""
@@ -268,19 +273,21 @@ class _Trainer:
         return self.beta * min(1.0, step / steps) if steps else self.beta
 
     def _finish_epoch(self, started: float) -> None:
-        reconstruction, kl = (self.sums / len(self.train)).tolist()
+        bound, reconstruction, kl = (self.sums / len(self.train)).tolist()
         result = evaluate(
             self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
         )
         elbo = reconstruction - kl
         row: Row = {
             "epoch": self.progress.epoch + 1,
+            "bound": bound,
             "elbo": elbo,
             "reconstruction": reconstruction,
             "kl": kl,
             "loss_without_constant": without_constant(self.vae.likelihood, elbo, result.num_pixels),
             "beta": self.vae.beta,
-            "validation_elbo": result.bound,
+            "validation_bound": result.bound - (self.beta - 1) * result.kl,
+            "validation_elbo": result.reconstruction - result.kl,
             "validation_reconstruction": result.reconstruction,
             "validation_kl": result.kl,
             **{name: value.item() for name, value in self.vae.learned.items()},
@@ -291,7 +298,7 @@ class _Trainer:
         self.sums.zero_()
         p = self.progress
         p.epoch, p.batch = p.epoch + 1, 0
-        objective = result.reconstruction - self.beta * result.kl
+        objective = row["validation_bound"]
         if p.best is None or objective > p.best:
             p.best, p.best_epoch, p.stale = objective, p.epoch, 0
         else:
@@ -302,7 +309,7 @@ class _Trainer:
     def _check_finite(self, terms: Row) -> None:
         """Before anything is saved: these terms, and every parameter."""
         # The bound last: it is not finite whenever a term is not.
-        for name in sorted(terms, key=lambda name: name.endswith("elbo")):
+        for name in sorted(terms, key=lambda name: name.endswith(("elbo", "bound"))):
             if terms[name] is not None and not math.isfinite(terms[name]):
                 self._diverged(f"{name.replace('_', ' ')} became {terms[name]}")
         for name, parameter in self.vae.named_parameters():
@@ -332,6 +339,7 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "sums": self.sums,
+            "estimator": self.estimator.state_dict(),
             "random": random_states(self.device),
         }
         save_atomically(state, self.directory / "checkpoint.pt")
@@ -347,6 +355,7 @@ class _Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.sums.copy_(state["sums"])
+            self.estimator.load_state_dict(state["estimator"])
             set_random_states(state["random"], self.device)
         self.history = read_metrics(self.directory)[: self.progress.epoch]
         if len(self.history) < self.progress.epoch:
@@ -358,15 +367,17 @@ class _Trainer:
         write_atomically(self.directory / "metrics.jsonl", text)
 
 
-_TERMS = ("reconstruction", "kl")
+_TERMS = ("bound", "reconstruction", "kl")
 
 
 def describe(row: Row) -> str:
-    """One epoch in a few words: ELBO, reconstruction and KL, and the validation ELBO."""
-    return (
+    """One epoch in a few words: ELBO, reconstruction and KL, the validation ELBO, and a tighter bound."""
+    text = (
         f"ELBO {row['elbo']:.2f} = rec {row['reconstruction']:.2f} - KL {row['kl']:.2f}, "
         f"validation {row['validation_elbo']:.2f}"
     )
+    tighter = row["beta"] == 1 and row["validation_bound"] - row["validation_elbo"] > 1e-3
+    return f"{text} (bound {row['validation_bound']:.2f})" if tighter else text
 
 
 class DeferredSignals:

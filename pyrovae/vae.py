@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pyro
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float, Shaped
@@ -18,12 +17,13 @@ from pyrovae.networks import Decoder
 
 
 class VAE(PyroModule):
-    """p(z) p(x|z) and q(z|x), with p(z) = N(0, I) and sites "z" and "x" in the plate "data".
+    """p(z) p(x|z) and q(z|x), with sites "z" and "x" in the plate "data".
 
     Args:
         likelihood: The decoder's numbers to p(x|z).
         decoder: Latents (..., L) to (..., D, likelihood.outputs).
-        guide: Pixels (..., D) to q(z|x); becomes the attribute `posterior`.
+        guide: Pixels (..., D) to q(z|x); becomes the attribute `posterior`. It brings p(z) as well,
+            N(0, I) but for a discrete one.
         latent_dim: L.
         beta: The weight of the KL, > 0. At 1 the objective is the ELBO (beta-VAE, Higgins et al.,
             2017, https://openreview.net/forum?id=Sy2fzU9gl, eq. 4).
@@ -65,8 +65,7 @@ class VAE(PyroModule):
         self.learned = nn.ParameterDict(
             {name: torch.tensor(value) for name, value in likelihood.learned.items()}
         )
-        self.register_buffer("prior_loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("prior_scale", torch.ones(latent_dim), persistent=False)
+        self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
 
     @pyro_method
     def model(self, x: Shaped[Tensor, "B D"]) -> None:
@@ -90,12 +89,12 @@ class VAE(PyroModule):
     def _model(self, x: Shaped[Tensor, "B D"]) -> None:
         with pyro.plate("data", len(x), dim=-1):
             with self._scaled():
-                z = pyro.sample("z", dist.Normal(self.prior_loc, self.prior_scale).to_event(1))
+                z = pyro.sample("z", self.posterior.prior(self.zeros))
             pyro.sample("x", self.likelihood(self.decoder(z), **self.learned), obs=x)
 
     def _guide(self, x: Shaped[Tensor, "B D"]) -> None:
         with pyro.plate("data", len(x), dim=-1), self._scaled():
-            pyro.sample("z", self.posterior(self.likelihood.to_pixels(x).to(self.prior_loc.dtype)))
+            pyro.sample("z", self.posterior(self.likelihood.to_pixels(x).to(self.zeros.dtype)))
 
     def _scaled(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.beta == 1 else poutine.scale(scale=self.beta)
@@ -116,7 +115,7 @@ class VAE(PyroModule):
 
     def approximate_posterior(self, images: Float[Tensor, "N ..."]) -> Distribution:
         """q(z|x) of images with pixels in [0, 1], (N, C, H, W) or (N, D): batch (N,), event (L,)."""
-        pixels = images.reshape(len(images), -1).to(self.prior_loc)
+        pixels = images.reshape(len(images), -1).to(self.zeros)
         with self.evaluating():
             return self.posterior(pixels)
 
@@ -127,17 +126,29 @@ class VAE(PyroModule):
     def decode(self, z: Float[Tensor, "*batch L"]) -> Float[Tensor, "*batch C H W"]:
         """The expected images E[x|z], pixels in [0, 1]."""
         with self.evaluating():
-            pixels = self.likelihood.mean(self.decoder(z.to(self.prior_loc)))
+            pixels = self.likelihood.mean(self.decoder(z.to(self.zeros)))
         return pixels.reshape(*z.shape[:-1], *self.decoder.shape)
 
     def reconstruct(self, images: Float[Tensor, "N ..."]) -> Float[Tensor, "N C H W"]:
-        """The expected images at the mean of q(z|x), for images (N, C, H, W) or (N, D)."""
-        return self.decode(self.encode(images))
+        """The expected images at q(z|x)'s mean, or at its most probable code, for (N, C, H, W) or (N, D)."""
+        return self.decode(self.posterior.point(self.approximate_posterior(images)))
 
     def sample(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n C H W"]:
         """The expected images of n draws from the prior; with a seed, the same ones each time."""
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return self.decode(torch.randn(n, self.latent_dim, generator=generator))
+        with contextlib.nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            z = self.posterior.prior(torch.zeros(self.latent_dim)).sample((n,))
+        return self.decode(z)
+
+    def parts(self) -> dict[str, dict[str, slice]]:
+        """Its parameters in named groups, the guide's and the decoder: of each parameter, these rows."""
+        of_guide = {
+            group: {f"posterior.{name}": rows for name, rows in members.items()}
+            for group, members in self.posterior.parts().items()
+        }
+        names = [name for name, _ in self.named_parameters() if not name.startswith("posterior.")]
+        return of_guide | {"decoder": dict.fromkeys(names, slice(None))}
 
 
 def prior_grid(side: int) -> tuple[Float[Tensor, "side side 2"], Float[Tensor, " side"]]:

@@ -1,10 +1,11 @@
 """Config: JSON and back, one line for every wrong setting, and parts that always fit together."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import math
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 
 from pyrovae.config import Config
 from pyrovae.data import DATASETS
-from pyrovae.estimators import ESTIMATORS
+from pyrovae.estimators import ESTIMATORS, Renyi
 from pyrovae.guides import GUIDES, SCALE_HEADS, MeanField
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
 from pyrovae.networks import ACTIVATIONS, NETWORKS
+from tests.combinations import EVERY, EXISTING, refusal, several
 
 counts = st.integers(1, 10**6)
 weights = st.floats(0, 1e6, exclude_min=True)
@@ -43,17 +45,30 @@ COMMON_SETTINGS = st.fixed_dictionaries(
         "latent_dim": counts,
         "activation": st.sampled_from(list(ACTIVATIONS)),
         "guide": st.sampled_from(list(GUIDES)),
-        "estimator": st.sampled_from(list(ESTIMATORS)),
-        "use_rep": st.booleans(),
-        "particles": counts,
-        "beta": weights,
         "lr": weights,
-        "kl_warmup": st.integers(0, 100),
         "patience": counts | st.none(),
         "seed": st.integers(0, 2**32 - 1),
         "figure_epochs": st.lists(counts).map(tuple),
     },
 )
+
+
+@st.composite
+def estimator_settings(draw) -> dict:
+    name = draw(st.sampled_from(list(ESTIMATORS)))
+    family = ESTIMATORS[name]
+    optional = {"use_rep": st.sampled_from(family.gradients)}
+    if not family.importance_weighted:
+        optional |= {"beta": weights, "kl_warmup": st.integers(0, 100)}
+    if name == "renyi":
+        optional["alpha"] = st.floats(0, 1, exclude_max=True)
+    least, largest = family.particles
+    pairs = not family.independent and largest != 1 and draw(st.booleans())
+    if pairs or family().antithetic:
+        optional["particles"] = counts.map(lambda n: 2 * n)
+    else:
+        optional["particles"] = st.integers(least, largest or 10**6)
+    return {"estimator": name, "antithetic": pairs, **draw(st.fixed_dictionaries({}, optional=optional))}
 
 
 @st.composite
@@ -64,6 +79,7 @@ def valid_settings(draw) -> dict:
         "network": network,
         **draw(LIKELIHOOD_SETTINGS.get(likelihood, st.just({}))),
         **draw(NETWORK_SETTINGS.get(network, st.just({}))),
+        **draw(estimator_settings()),
         **draw(COMMON_SETTINGS),
     }
 
@@ -72,6 +88,13 @@ def valid_settings(draw) -> dict:
 def test_json_round_trip(settings):
     config = Config(**settings)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@given(settings=valid_settings())
+def test_a_resolved_config_leaves_nothing_of_its_parts_open(settings):
+    config = Config(**settings).resolved(levels=17)
+    assert config.resolved(levels=17) == config
+    assert None not in (config.particles, config.use_rep, config.activation)
 
 
 @pytest.mark.parametrize("values", [{"no_such_setting": 1}, {"epochs": "many"}, {"hidden": 5}, {"limit": []}])
@@ -109,8 +132,26 @@ INVALID_WITH = {
     ("likelihood", "categorical"): {"levels": [1, 257, 0], "c": [0.05], "binarize": ["soft"]},
     ("likelihood", "bernoulli"): {"c": [0.05, "learned"], "levels": [4]},
     ("likelihood", "continuous-bernoulli"): {"c": [0.05], "levels": [4], "binarize": ["soft"]},
+    ("guide", "bernoulli-code"): {"scale_head": ["exp"]},
+    ("estimator", "elbo"): {"alpha": [0.5]},
     ("network", "mlp"): {"hidden": [(), (0,), (10, -1)], "channels": [(8,)]},
     ("network", "cnn"): {"channels": [(), (0,), (8, -1)], "hidden": [(8,)]},
+    ("estimator", "elbo"): {"alpha": [0.0, 0.5]},
+    ("estimator", "stl"): {"use_rep": [False]},
+    ("estimator", "antithetic"): {"use_rep": [False], "particles": [1, 3]},
+    ("estimator", "measure-valued"): {"use_rep": [True], "particles": [2]},
+    ("estimator", "rloo"): {"use_rep": [True], "particles": [1], "antithetic": [True]},
+    ("estimator", "disarm"): {"use_rep": [True], "particles": [1, 5]},
+    ("estimator", "enumerate"): {"use_rep": [True], "particles": [2]},
+    ("estimator", "renyi"): {"alpha": [-0.1, 1.0, math.nan], "antithetic": [True]},
+    ("estimator", "vimco"): {"use_rep": [True], "particles": [1]},
+    ("estimator", "rws"): {"particles": [1]},
+    ("antithetic", True): {"particles": [1, 3]},
+}
+INVALID_WITH |= {
+    ("estimator", name): {"beta": [0.5, 2.0], "kl_warmup": [1]} | INVALID_WITH.get(("estimator", name), {})
+    for name, estimator in ESTIMATORS.items()
+    if estimator.importance_weighted
 }
 WRONG_SETTINGS = [({}, field, value) for field, values in INVALID.items() for value in values] + [
     (dict([part]), field, value)
@@ -142,11 +183,13 @@ def test_weights_depend_on_the_seed_alone(make_vae, network):
 
 def test_weights_do_not_depend_on_what_comes_after_them(make_vae):
     """One seed serves every estimator: a comparison of estimators starts from the same weights."""
-    vaes = [
-        make_vae(estimator=name, use_rep=use_rep, particles=3)
-        for name, use_rep in product(ESTIMATORS, (True, False))
-    ]
-    assert all(torch.equal(weights_of(vae), weights_of(vaes[0])) for vae in vaes)
+    for guide in GUIDES:
+        vaes = [
+            make_vae(estimator=name, use_rep=use_rep, guide=guide, particles=several(name))
+            for name, use_rep, existing in EXISTING
+            if existing == guide
+        ]
+        assert all(torch.equal(weights_of(vae), weights_of(vaes[0])) for vae in vaes)
 
 
 @pytest.mark.parametrize(("given", "of_data", "levels"), [(None, 17, 17), (None, 256, 256), (4, 17, 4)])
@@ -171,26 +214,38 @@ def without_effect(vae: nn.Module) -> set[str]:
     }
 
 
+def assert_every_parameter_receives_gradient(config: Config, shape: tuple[int, int, int]):
+    vae, estimator = config.make_vae(shape, levels=17), config.make_estimator()
+    x = vae.likelihood.observe(torch.rand(6, math.prod(shape)))
+    loss = estimator.differentiable_loss(*vae.pair, x)
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in vae.named_parameters():
+        assert parameter.grad is not None, f"{name} received no gradient"
+        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+        assert parameter.grad.any() or name in without_effect(vae), f"the gradient of {name} is zero"
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)], ids=str)
-@pytest.mark.parametrize("use_rep", [True, False], ids=["pathwise", "score"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("settings", every_setting(), ids=lambda settings: "-".join(settings.values()))
-def test_every_parameter_receives_gradient(settings, network, guide, estimator, use_rep, shape):
-    for particles in (1, 3):
-        config = Config(
-            **settings, network=network, guide=guide, estimator=estimator, use_rep=use_rep, particles=particles
-        )
-        vae = config.make_vae(shape, levels=17)
-        x = vae.likelihood.observe(torch.rand(6, math.prod(shape)))
-        loss = config.make_estimator().differentiable_loss(*vae.pair, x)
-        loss.backward()
-        assert loss.isfinite()
-        for name, parameter in vae.named_parameters():
-            assert parameter.grad is not None, f"{name} received no gradient"
-            assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
-            assert parameter.grad.any() or name in without_effect(vae), f"the gradient of {name} is zero"
+def test_every_parameter_receives_gradient(settings, network, guide, shape):
+    """Every part with every other, by a few estimators; by all of them below, where parts are fewest."""
+    few = {("elbo", True), ("elbo", False), ("analytic-kl", True), ("rloo", False), ("dreg", True)}
+    for estimator, use_rep in few:
+        if (estimator, use_rep, guide) in EXISTING:
+            parts = {"network": network, "guide": guide, "estimator": estimator, "use_rep": use_rep}
+            assert_every_parameter_receives_gradient(Config(**settings, **parts), shape)
+
+
+@pytest.mark.parametrize(("estimator", "use_rep", "guide"), EVERY)
+def test_an_estimator_trains_every_parameter_or_is_refused(estimator, use_rep, guide):
+    parts = {"estimator": estimator, "use_rep": use_rep, "guide": guide, "hidden": (16,)}
+    pattern = refusal(estimator, use_rep, guide)
+    with contextlib.nullcontext() if pattern is None else pytest.raises(ValueError, match=rf"\A{pattern}.*\Z"):
+        for particles in (None, several(estimator)):
+            assert_every_parameter_receives_gradient(Config(**parts, particles=particles), (1, 8, 8))
 
 
 @pytest.mark.parametrize("head", SCALE_HEADS)
@@ -212,6 +267,7 @@ def test_the_defaults_that_help_shows_are_those_of_the_parts():
     parts = [*LIKELIHOODS.values(), *NETWORKS.values()]
     defaults = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
     defaults["scale_head"] = inspect.signature(MeanField).parameters["scale_head"].default
+    defaults["alpha"] = inspect.signature(Renyi).parameters["alpha"].default
     del defaults["levels"]  # depends on the data
     for name, default in defaults.items():
         assert shown[name] == (",".join(map(str, default)) if isinstance(default, tuple) else str(default))

@@ -1,11 +1,47 @@
 """Gradient estimators as Pyro ELBOs: usable with any Pyro model and guide over one data plate."""
 
 from pyrovae.estimators.base import Draws, Estimator
-from pyrovae.estimators.elbo import AnalyticKL, Elbo
+from pyrovae.estimators.importance_weighted import Dreg, Iwae, Renyi, Rws, StlIwae, Vimco
+from pyrovae.estimators.pathwise import AnalyticKL, Antithetic, Elbo, MeasureValued, StickingTheLanding
+from pyrovae.estimators.score_function import DisArm, Enumerate, LearnedBaseline, Rloo, RunningMean
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "elbo": Elbo,
     "analytic-kl": AnalyticKL,
+    "stl": StickingTheLanding,
+    "antithetic": Antithetic,
+    "measure-valued": MeasureValued,
+    "running-mean": RunningMean,
+    "learned-baseline": LearnedBaseline,
+    "rloo": Rloo,
+    "disarm": DisArm,
+    "enumerate": Enumerate,
+    "iwae": Iwae,
+    "renyi": Renyi,
+    "vimco": Vimco,
+    "dreg": Dreg,
+    "stl-iwae": StlIwae,
+    "rws": Rws,
 }
 
-__all__ = ["ESTIMATORS", "AnalyticKL", "Draws", "Elbo", "Estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "AnalyticKL",
+    "Antithetic",
+    "DisArm",
+    "Draws",
+    "Dreg",
+    "Elbo",
+    "Enumerate",
+    "Estimator",
+    "Iwae",
+    "LearnedBaseline",
+    "MeasureValued",
+    "Renyi",
+    "Rloo",
+    "RunningMean",
+    "Rws",
+    "StickingTheLanding",
+    "StlIwae",
+    "Vimco",
+]

@@ -5,21 +5,36 @@ log p(x, z) - log q(z|x), s = log q(z|x) with z held fixed. All values are in na
 """
 
 import abc
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
+import pyro
 import pyro.poutine as poutine
 import torch
-from jaxtyping import Float
-from pyro.distributions.util import scale_and_mask
+from jaxtyping import Float, Shaped
+from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Distribution,
+    Independent,
+    Laplace,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+    kl_divergence,
+)
 
 Site = dict[str, Any]  # one entry of a Pyro trace
+Program = Callable[[], Any]  # a model or a guide with its arguments
+PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
 
 
 class Draws:
@@ -32,14 +47,26 @@ class Draws:
         model_trace: A trace of the model, replayed against the guide's.
         guide_trace: A trace of the guide.
         num_particles: K, the size of the outer plate of both traces; 1 where there is none.
+        model: What made the model's trace, to be run again at other latent values.
+        guide: What made the guide's trace.
 
     Raises:
         ValueError: While Pyro's validation is on: a sample site stands outside the data plate, or model
             and guide differ in their latent sites.
     """
 
-    def __init__(self, model_trace: poutine.Trace, guide_trace: poutine.Trace, num_particles: int):
+    def __init__(
+        self,
+        model_trace: poutine.Trace,
+        guide_trace: poutine.Trace,
+        num_particles: int,
+        model: Program,
+        guide: Program,
+    ):
         self.num_particles = num_particles
+        self.model, self.guide = model, guide
+        self.guide_trace = guide_trace
+        self.sample_weights: Tensor | None = None
         self.guide_sites = _sample_sites(guide_trace)
         model_sites = _sample_sites(model_trace)
         self.observed_sites = {n: s for n, s in model_sites.items() if s["is_observed"]}
@@ -49,6 +76,12 @@ class Draws:
         plate = _data_plate(next(iter(self.guide_sites.values())))
         self.batch_size = plate.size
         self.subsampling = plate.full_size / plate.size
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a site has a weight (beta) other than 1, so that log_weight is no importance weight."""
+        sites = (*self.guide_sites.values(), *self.model_sites.values(), *self.observed_sites.values())
+        return any(site["scale"] != self.subsampling for site in sites)
 
     def _validate(self) -> None:
         if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
@@ -98,6 +131,54 @@ class Draws:
         return self._sum(sites, scaled=False)
 
     @cached_property
+    def log_guide_fixed(self) -> Float[Tensor, "K B"]:
+        """log q(z|x) with the guide's parameters held fixed: its gradient goes through z alone."""
+        leaves = {name: site["value"].detach().requires_grad_() for name, site in self.guide_sites.items()}
+        with torch.enable_grad():
+            if len(leaves) == 1:
+                sites = {name: site | {"value": leaves[name]} for name, site in self.guide_sites.items()}
+            else:  # a site's distribution may depend on the sites before it
+                sites = _sample_sites(_run(self.guide, self._guide_trace_at(leaves), self.num_particles))
+            log_guide = self._sum(sites)
+            slopes = torch.autograd.grad(log_guide.sum(), [*leaves.values()], retain_graph=True)
+        terms = [log_guide.detach()]
+        for site, slope in zip(self.guide_sites.values(), slopes, strict=True):
+            moved = (site["value"] - site["value"].detach()) * slope
+            terms.append(sum_rightmost(moved, site["fn"].event_dim).expand(self.num_particles, -1))
+        return torch.stack(terms).sum(0)
+
+    def weigh_samples(self, weights: Float[Tensor, "K B"]) -> None:
+        """Has the gradient that flows into each z multiplied by its particle's weight; no other changes.
+
+        From then on these draws serve this one surrogate; another call puts its weights in their place.
+        """
+        first, self.sample_weights = self.sample_weights is None, weights
+        for site in self.guide_sites.values() if first else ():
+            value = site["value"]
+            if value.requires_grad:
+                batch = value.shape[: value.dim() - site["fn"].event_dim]
+                shape = batch + (1,) * site["fn"].event_dim
+                value.register_hook(lambda gradient, shape=shape: gradient * self.sample_weights.reshape(shape))
+
+    def at(self, values: Shaped[Tensor, "M ..."]) -> "Draws":
+        """The same pair with these M particles in place of those drawn.
+
+        Raises:
+            ValueError: The guide has more than one latent site.
+        """
+        if len(self.guide_sites) != 1:
+            raise ValueError(f"expected a guide with one latent site, got {sorted(self.guide_sites)}")
+        guide_trace = self._guide_trace_at(dict.fromkeys(self.guide_sites, values))
+        model_trace = _run(self.model, guide_trace, len(values))
+        return Draws(model_trace, guide_trace, len(values), self.model, self.guide)
+
+    def _guide_trace_at(self, values: dict[str, Tensor]) -> poutine.Trace:
+        trace = self.guide_trace.copy()
+        for name, value in values.items():
+            trace.nodes[name] = trace.nodes[name] | {"value": value}
+        return trace
+
+    @cached_property
     def kl(self) -> Float[Tensor, "K B"]:
         """KL(q(z|x) || p(z)) in closed form, given the particle's earlier sites.
 
@@ -145,19 +226,50 @@ class Estimator(ELBO, abc.ABC):
 
     Args:
         num_particles: K, the Monte Carlo samples per datum, drawn in one vectorized pass. They are
-            averaged, never summed.
+            averaged, never summed. None for the least that the estimator takes.
         use_rep: Whether the gradient goes through reparameterized samples (pathwise). If not, it is
-            the score-function gradient, which needs no `rsample`.
+            the score-function gradient, which needs no `rsample`. None for the estimator's default.
+        antithetic: Whether particles come in pairs that mirror each other's noise.
+
+    Attributes:
+        gradients: The values of `use_rep` that there is an estimator for, the default first.
+        particles: The least and the largest K (None without a limit).
+        importance_weighted: Whether the bound is made of importance weights, which beta != 1 spoils.
+        independent: Whether a particle's gradient uses that the other particles are independent of it.
 
     Raises:
-        ValueError: `num_particles` is less than 1.
+        ValueError: There is no such estimator.
     """
 
-    def __init__(self, *, num_particles: int = 1, use_rep: bool = True):
-        if num_particles < 1:
-            raise ValueError(f"expected num_particles >= 1, got {num_particles}")
+    gradients: ClassVar[tuple[bool, ...]] = (True, False)
+    particles: ClassVar[tuple[int, int | None]] = (1, None)
+    importance_weighted: ClassVar[bool] = False
+    independent: ClassVar[bool] = False
+
+    def __init__(
+        self, *, num_particles: int | None = None, use_rep: bool | None = None, antithetic: bool = False
+    ):
+        name, (least, largest) = type(self).__name__, self.particles
+        if antithetic and (self.independent or largest == 1):
+            needs = "needs independent particles" if self.independent else "takes one particle"
+            raise ValueError(f"expected antithetic False for {name}, which {needs}, got True")
+        least = max(least, 2 if antithetic else 1)
+        num_particles = least if num_particles is None else num_particles
+        use_rep = self.gradients[0] if use_rep is None else use_rep
+        if num_particles < least:
+            raise ValueError(f"expected num_particles >= {least} for {name}, got {num_particles}")
+        if largest is not None and num_particles > largest:
+            raise ValueError(f"expected num_particles <= {largest} for {name}, got {num_particles}")
+        if antithetic and num_particles % 2:
+            raise ValueError(f"expected num_particles even for antithetic pairs, got {num_particles}")
+        if use_rep not in self.gradients:
+            kind = "through reparameterized samples" if self.gradients[0] else "of the score function"
+            raise ValueError(
+                f"expected use_rep {self.gradients[0]} for {name}, a gradient {kind}, got {use_rep}"
+            )
         super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
         self.use_rep = use_rep
+        self.antithetic = antithetic
 
     @abc.abstractmethod
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
@@ -167,26 +279,59 @@ class Estimator(ELBO, abc.ABC):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         """What is differentiated, per datum: its gradient estimates that of the bound's mean."""
 
-    @abc.abstractmethod
+    def reconstruction(self, draws: Draws) -> Float[Tensor, " B"]:
+        """E_q[log p(x|z)], per datum, in nats."""
+        return draws.log_lik.mean(0)
+
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
-        """The part of the bound that is not reconstruction, per datum, beta included, in nats."""
+        """KL(q(z|x) || p(z)), per datum, beta included, in nats."""
+        return (draws.log_guide - draws.log_prior).mean(0)
+
+    def adapt(self, draws: Draws) -> None:
+        """Learns from draws what a later surrogate uses, a baseline say. The gradient at hand is unaffected."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `adapt` has learned, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
 
     def draws(self, model, guide, *args, **kwargs) -> Draws:
         """Runs the guide and the model against it, on K particles at once.
 
         Raises:
             ValueError: `use_rep` is True and the guide has a site without a reparameterized sampler,
-                or the pair is not one that `Draws` describes.
+                the bound has importance weights and a site is scaled (beta != 1), or the pair is not
+                one that `Draws` describes.
         """
-        model_trace, guide_trace = self._get_vectorized_trace(model, guide, args, kwargs)
-        return Draws(model_trace, guide_trace, self.num_particles)
+
+        def bound_model():
+            return model(*args, **kwargs)
+
+        def bound_guide():
+            return guide(*args, **kwargs)
+
+        model_trace, guide_trace = self._get_vectorized_trace(bound_model, bound_guide, (), {})
+        draws = Draws(model_trace, guide_trace, self.num_particles, bound_model, bound_guide)
+        if self.importance_weighted and draws.is_scaled:
+            raise ValueError(
+                f"expected beta = 1 for {type(self).__name__}: another makes its weights no importance weights"
+            )
+        return draws
 
     def _get_trace(self, model, guide, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        try:
+            with _Sampling(self.antithetic, detach=not self.use_rep):
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        except NoMirrorImage as error:  # a ValueError there would have Pyro append the trace's shapes
+            raise ValueError(str(error)) from None
         if self.use_rep:
             _check_reparameterized(guide_trace)
-        else:
-            guide_trace.detach_()
+            sites = _sample_sites(guide_trace)
+            for site in sites.values() if len(sites) > 1 else ():
+                # What the model sees, apart from what the guide's later sites see: see weigh_samples.
+                site["value"] = site["value"].view_as(site["value"])
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         return model_trace, guide_trace
 
@@ -195,6 +340,7 @@ class Estimator(ELBO, abc.ABC):
         draws = self.draws(model, guide, *args, **kwargs)
         surrogate = self.surrogate(draws)
         bound = surrogate + (self.bound(draws) - surrogate).detach()
+        self.adapt(draws)
         return -bound.sum() * draws.subsampling
 
     def loss(self, model, guide, *args, **kwargs) -> float:
@@ -211,17 +357,86 @@ class Estimator(ELBO, abc.ABC):
         return loss.item()
 
 
+class NoMirrorImage(Exception):
+    """A distribution whose noise has no opposite that is known here."""
+
+
+class _Sampling(Messenger):
+    """How a guide's latent sites are drawn: in antithetic pairs, cut from the graph, or as ever."""
+
+    def __init__(self, antithetic: bool, detach: bool):
+        super().__init__()
+        self.antithetic, self.detach = antithetic, detach
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if self.antithetic and _is_drawn(msg):
+            msg["value"] = antithetic_pairs(msg["fn"])
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if self.detach and _is_drawn(msg):
+            msg["value"] = msg["value"].detach()
+
+
+def antithetic_pairs(fn: Distribution) -> Tensor:
+    """A sample of `fn`, (K, ...), whose particles 2j and 2j + 1 have opposite noise.
+
+    Raises:
+        NoMirrorImage: It is not known how to mirror the noise of this distribution.
+    """
+    if isinstance(fn, Independent):
+        return antithetic_pairs(fn.base_dist)
+    if isinstance(fn, TransformedDistribution):
+        value = antithetic_pairs(fn.base_dist)
+        for transform in fn.transforms:
+            value = transform(value)
+        return value
+    if isinstance(fn, Bernoulli):
+        u = torch.rand_like(fn.probs[::2])
+        return (_interleave(u, 1 - u) < fn.probs).to(fn.probs.dtype)
+    if isinstance(fn, Normal | Laplace | StudentT):
+        noise = ((fn.rsample() - fn.loc) / fn.scale)[::2]
+        return fn.loc + fn.scale * _interleave(noise, -noise)
+    if isinstance(fn, MultivariateNormal):
+        noise = torch.randn_like(fn.loc[::2])
+        return fn.loc + (fn.scale_tril @ _interleave(noise, -noise).unsqueeze(-1)).squeeze(-1)
+    raise NoMirrorImage(f"expected a guide whose noise can be mirrored for antithetic pairs, got {fn}")
+
+
+def _interleave(even: Shaped[Tensor, "half ..."], odd: Shaped[Tensor, "half ..."]) -> Shaped[Tensor, "K ..."]:
+    return torch.stack([even, odd], dim=1).flatten(0, 1)
+
+
+def _run(program: Program, guide_trace: poutine.Trace, num_particles: int) -> poutine.Trace:
+    """A trace of the program at the guide's values, on so many particles."""
+    with poutine.trace() as tracer, poutine.replay(trace=guide_trace):
+        if num_particles == 1:
+            program()
+        else:
+            with pyro.plate(PARTICLES, num_particles, dim=-2):
+                program()
+    return tracer.trace
+
+
+def _is_drawn(site: Site) -> bool:
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    )
+
+
 def _sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+        if site["type"] == "sample" and (site["is_observed"] or _is_drawn(site))
     }
 
 
 def _data_plate(site: Site) -> CondIndepStackFrame:
     """The one plate around a site, the particles' plate aside."""
-    plates = [frame for frame in site["cond_indep_stack"] if frame.name != "num_particles_vectorized"]
+    plates = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
     if [plate.dim for plate in plates] != [-1]:
         raise ValueError(
             f"expected sample site {site['name']!r} in one plate, over the data, at dim -1, got plates "

@@ -1,0 +1,145 @@
+"""The evidence lower bound (ELBO): its pathwise gradients, and what needs no baseline."""
+
+import math
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from pyrovae.estimators.base import Draws, Estimator
+
+
+class Elbo(Estimator):
+    """The ELBO by Monte Carlo: the mean of log p(x, z) - log q(z|x).
+
+    With `use_rep`, the total derivative through z (Auto-Encoding Variational Bayes, Kingma & Welling,
+    2014, https://arxiv.org/abs/1312.6114, eq. 6). Without, the score-function gradient
+    E[grad log p(x, z) + f grad log q(z|x)] with no baseline (Black Box Variational Inference,
+    Ranganath et al., 2014, https://arxiv.org/abs/1401.0118, eq. 3).
+
+    Example:
+        >>> Elbo(num_particles=5, use_rep=False).num_particles
+        5
+    """
+
+    def bound(self, draws: Draws) -> Float[Tensor, " B"]:
+        return draws.log_weight.mean(0)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        if self.use_rep:
+            return draws.log_weight.mean(0)
+        return (draws.log_joint + draws.log_weight.detach() * draws.score).mean(0)
+
+
+class AnalyticKL(Estimator):
+    """The ELBO with its KL in closed form: the mean of log p(x|z), less KL(q(z|x) || p(z)).
+
+    Auto-Encoding Variational Bayes, Kingma & Welling, 2014, https://arxiv.org/abs/1312.6114, eq. 7
+    (eq. 10 for the Gaussian case). Without `use_rep`, the reconstruction's gradient is estimated by
+    the score function and the KL's stays exact.
+
+    Example:
+        >>> AnalyticKL().use_rep
+        True
+    """
+
+    def bound(self, draws: Draws) -> Float[Tensor, " B"]:
+        return draws.log_lik.mean(0) - self.kl(draws)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        if self.use_rep:
+            return self.bound(draws)
+        return (draws.log_lik + draws.log_lik.detach() * draws.score).mean(0) - self.kl(draws)
+
+    def kl(self, draws: Draws) -> Float[Tensor, " B"]:
+        return draws.kl.mean(0)
+
+
+class StickingTheLanding(Elbo):
+    """The ELBO without the score term of its total derivative: log q(z|x) at fixed parameters.
+
+    Its variance vanishes where q is the exact posterior (Sticking the Landing, Roeder et al., 2017,
+    https://arxiv.org/abs/1703.09194, eq. 8).
+
+    Example:
+        >>> StickingTheLanding(use_rep=False)
+        Traceback (most recent call last):
+        ValueError: expected use_rep True for StickingTheLanding, a gradient through ..., got False
+    """
+
+    gradients: ClassVar = (True,)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        return (draws.log_joint - draws.log_guide_fixed).mean(0)
+
+
+class Antithetic(Elbo):
+    """The ELBO on pairs of samples with opposite noise, eps and -eps.
+
+    On a quadratic log-density the gradient in a Gaussian's mean then has no variance (e.g.
+    Differentiable Antithetic Sampling for Variance Reduction, Wu et al., 2019,
+    https://arxiv.org/abs/1810.02555). Others that average over particles take `antithetic=True` too.
+
+    Example:
+        >>> Antithetic().num_particles
+        2
+    """
+
+    gradients: ClassVar = (True,)
+    particles: ClassVar = (2, None)
+
+    def __init__(self, *, antithetic: bool = True, **settings):
+        super().__init__(antithetic=antithetic, **settings)
+
+
+class MeasureValued(Elbo):
+    """The ELBO by measure-valued derivatives of a Gaussian q, with coupled samples.
+
+    Each latent dimension's mean and scale costs two further evaluations of the model: with W from a
+    Rayleigh, M from a double-sided Maxwell and N = M U from a Gaussian, d/dmu E[f] =
+    E[f(mu + sW) - f(mu - sW)] / (s sqrt(2 pi)) and d/ds E[f] = E[f(mu + sM) - f(mu + sN)] / s
+    (Monte Carlo Gradient Estimation in Machine Learning, Mohamed et al., 2020,
+    https://arxiv.org/abs/1906.10652, section 6). Needs no gradient of log p(x, z) in z.
+
+    Raises:
+        ValueError: On use, where the guide is not a Gaussian with diagonal covariance at one site.
+
+    Example:
+        >>> MeasureValued(num_particles=2)
+        Traceback (most recent call last):
+        ValueError: expected num_particles <= 1 for MeasureValued, got 2
+    """
+
+    gradients: ClassVar = (False,)
+    particles: ClassVar = (1, 1)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        (site,) = draws.guide_sites.values() if len(draws.guide_sites) == 1 else [None]
+        q = site and (site["fn"].base_dist if isinstance(site["fn"], Independent) else site["fn"])
+        if not isinstance(q, Normal):
+            raise ValueError(
+                "expected a Gaussian guide with diagonal covariance at one site for MeasureValued, got "
+                f"{ {name: site['fn'] for name, site in draws.guide_sites.items()} }"
+            )
+        z = site["value"]
+        loc, scale = (t.expand(z.shape).reshape(draws.batch_size, -1) for t in (q.loc, q.scale))
+        with torch.no_grad():
+            f = draws.at(self._perturbed(z, loc, scale)).log_weight
+        up, down, maxwell, gaussian = f.reshape(4, -1, draws.batch_size).transpose(1, 2)
+        in_loc = (up - down) / (scale.detach() * math.sqrt(2 * math.pi))
+        in_scale = (maxwell - gaussian) / scale.detach()
+        return draws.log_joint.mean(0) + (in_loc * loc + in_scale * scale).sum(-1)
+
+    @staticmethod
+    def _perturbed(z: Tensor, loc: Float[Tensor, "B L"], scale: Float[Tensor, "B L"]) -> Tensor:
+        """(4 L, *z.shape): z with one coordinate replaced, for each coordinate, in four ways."""
+        rayleigh = torch.randn(2, *loc.shape, dtype=loc.dtype, device=loc.device).norm(dim=0)
+        maxwell = torch.randn(3, *loc.shape, dtype=loc.dtype, device=loc.device).norm(dim=0)
+        sign = torch.rand_like(loc).sub(0.5).sign()
+        maxwell = sign * maxwell
+        noise = torch.stack([rayleigh, -rayleigh, maxwell, maxwell * torch.rand_like(loc)])
+        replaced = torch.eye(loc.shape[-1], dtype=torch.bool, device=loc.device)[:, None, :]
+        values = torch.where(replaced, (loc + scale * noise)[:, None], z.reshape(loc.shape))
+        return values.reshape(-1, *z.shape)

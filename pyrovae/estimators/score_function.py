@@ -1,0 +1,270 @@
+"""Score-function gradients of the ELBO, for any guide, and what makes them less noisy."""
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent
+
+from pyrovae.estimators.base import Draws
+from pyrovae.estimators.pathwise import Elbo
+
+
+class Baselined(Elbo, abc.ABC):
+    """The ELBO with E[grad log p(x, z) + (f - b) grad log q(z|x)]; a subclass gives b."""
+
+    gradients: ClassVar = (False,)
+
+    @abc.abstractmethod
+    def baseline(self, draws: Draws) -> Float[Tensor, "#K #B"]:
+        """b, in nats: for each particle, whatever does not depend on that particle."""
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        signal = (draws.log_weight - self.baseline(draws)).detach()
+        return (draws.log_joint + signal * draws.score).mean(0)
+
+
+class Rloo(Baselined):
+    """The ELBO by the score function, each particle's baseline the mean of the others.
+
+    Reinforce leave-one-out (Buy 4 REINFORCE Samples, Get a Baseline for Free!, Kool et al., 2019,
+    https://openreview.net/forum?id=r1lgTGL5DE, eq. 8). In phi it is minus the gradient of half
+    the log-weights' sample variance, z held fixed (VarGrad, Richter et al., 2020, https://arxiv.org/abs/2010.10436).
+
+    Example:
+        >>> Rloo().num_particles
+        2
+    """
+
+    particles: ClassVar = (2, None)
+    independent: ClassVar = True
+
+    def baseline(self, draws: Draws) -> Float[Tensor, "K B"]:
+        return leave_one_out_mean(draws.log_weight)
+
+
+class RunningMean(Baselined):
+    """The ELBO by the score function with a running mean of f as the baseline.
+
+    One number for all data, whatever the size of a batch (Neural Variational Inference and Learning
+    in Belief Networks, Mnih & Gregor, 2014, https://arxiv.org/abs/1402.0030, section 2.3.1).
+
+    Args:
+        decay: What the running mean keeps at each step, in [0, 1).
+
+    Example:
+        >>> RunningMean(decay=1.0)
+        Traceback (most recent call last):
+        ValueError: expected decay from 0 to below 1, got 1.0
+    """
+
+    def __init__(self, *, decay: float = 0.9, **settings):
+        super().__init__(**settings)
+        if not 0 <= decay < 1:
+            raise ValueError(f"expected decay from 0 to below 1, got {decay}")
+        self.decay = decay
+        self.mean: Tensor | None = None
+
+    def baseline(self, draws: Draws) -> Float[Tensor, "#K #B"]:
+        return draws.log_weight.new_zeros(1, 1) if self.mean is None else self.mean.expand(1, 1)
+
+    def adapt(self, draws: Draws) -> None:
+        mean = draws.log_weight.detach().mean()
+        self.mean = mean if self.mean is None else torch.lerp(mean, self.mean, self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean = state["mean"]
+
+
+class LearnedBaseline(Baselined):
+    """The ELBO by the score function with a network's prediction of f from x as the baseline.
+
+    b(x) = m + s g(x): m and s follow the mean and the standard deviation of f, and g, a network with
+    one hidden layer of tanh units over the observations, is fitted to what is left by least squares
+    with Adam, after each step (Neural Variational Inference and Learning in Belief Networks, Mnih &
+    Gregor, 2014, https://arxiv.org/abs/1402.0030, sections 2.3.1 and 2.3.2).
+
+    Args:
+        decay: What the running moments keep at each step, in [0, 1).
+        lr: Adam's learning rate for g.
+        hidden: g's hidden units.
+
+    Raises:
+        ValueError: On use, where a datum has another size than those that it was fitted to.
+
+    Example:
+        >>> LearnedBaseline().use_rep
+        False
+    """
+
+    def __init__(self, *, decay: float = 0.9, lr: float = 1e-2, hidden: int = 100, **settings):
+        super().__init__(**settings)
+        if not 0 <= decay < 1:
+            raise ValueError(f"expected decay from 0 to below 1, got {decay}")
+        self.decay, self.lr, self.hidden = decay, lr, hidden
+        self.network: nn.Sequential | None = None
+        self.moments: Tensor | None = None  # running means of f and f^2
+
+    def baseline(self, draws: Draws) -> Float[Tensor, "#K #B"]:
+        if self.network is None:
+            return draws.log_weight.new_zeros(1, 1)
+        with torch.no_grad():
+            mean, scale = self._normaliser()
+            return (mean + scale * self._predicted(draws))[None]
+
+    def adapt(self, draws: Draws) -> None:
+        f = draws.log_weight.detach()
+        if self.network is None:
+            self._build(_observations(draws).shape[1], f)
+        moments = torch.stack([f.mean(), f.square().mean()])
+        self.moments = moments if self.moments is None else torch.lerp(moments, self.moments, self.decay)
+        mean, scale = self._normaliser()
+        with torch.enable_grad():
+            loss = ((f.mean(0) - mean) / scale - self._predicted(draws)).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+
+    def _normaliser(self) -> tuple[Tensor, Tensor]:
+        mean, square = self.moments
+        return mean, (square - mean**2).clamp(min=1.0).sqrt()
+
+    def _predicted(self, draws: Draws) -> Float[Tensor, " B"]:
+        x, expected = _observations(draws), self.network[0].in_features
+        if x.shape[1] != expected:
+            raise ValueError(
+                f"expected data of {expected} numbers each, as the learned baseline was fitted to, "
+                f"got {x.shape[1]}: make a new estimator"
+            )
+        return self.network(x).squeeze(-1)
+
+    def _build(self, in_features: int, like: Tensor) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            layers = nn.Linear(in_features, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)
+        self.network = nn.Sequential(*layers).to(like)
+        nn.init.zeros_(self.network[2].weight)
+        nn.init.zeros_(self.network[2].bias)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.network is None:
+            return {"network": None}
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "moments": self.moments,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network = self.moments = None
+        if state["network"] is not None:
+            self._build(state["network"]["0.weight"].shape[1], state["moments"])
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.moments = state["moments"]
+
+
+class DisArm(Elbo):
+    """The ELBO for a Bernoulli guide, by antithetic pairs of codes and no baseline.
+
+    Each pair's estimator is the score-function one averaged over all pairs of uniforms that give the
+    same two codes (DisARM: An Antithetic Gradient Estimator for Binary Latent Variables, Dong et al.,
+    2020, https://arxiv.org/abs/2006.10680, eq. 3).
+
+    Raises:
+        ValueError: On use, where the guide is not Bernoulli at one site.
+
+    Example:
+        >>> DisArm().antithetic
+        True
+    """
+
+    gradients: ClassVar = (False,)
+    particles: ClassVar = (2, None)
+
+    def __init__(self, *, antithetic: bool = True, **settings):
+        if not antithetic:
+            raise ValueError("expected antithetic True for DisArm, which is made of pairs, got False")
+        super().__init__(antithetic=True, **settings)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        site, q = bernoulli_site(draws, "DisArm")
+        shape = draws.num_particles, draws.batch_size, -1
+        first, second = site["value"].reshape(shape).unflatten(0, (-1, 2)).unbind(1)
+        logits = q.logits.reshape(shape)[::2]
+        f = draws.log_weight.detach().unflatten(0, (-1, 2))
+        coefficient = 0.5 * (f[:, 0] - f[:, 1])[..., None] * (first - second) * logits.detach().abs().sigmoid()
+        return draws.log_joint.mean(0) + (coefficient * logits).sum(-1).mean(0)
+
+
+class Enumerate(Elbo):
+    """The exact ELBO and gradient for a Bernoulli guide, summed over all codes of at most 10 bits.
+
+    Raises:
+        ValueError: On use, where the guide is not Bernoulli at one site, or has more bits.
+
+    Example:
+        >>> Enumerate().num_particles
+        1
+    """
+
+    gradients: ClassVar = (False,)
+    particles: ClassVar = (1, 1)
+    max_bits: ClassVar = 10
+
+    def draws(self, model, guide, *args, **kwargs) -> Draws:
+        draws = super().draws(model, guide, *args, **kwargs)
+        site, _ = bernoulli_site(draws, "Enumerate")
+        z = site["value"]
+        bits = z[0].numel()
+        if bits > self.max_bits:
+            raise ValueError(f"expected at most {self.max_bits} bits for Enumerate, got {bits}")
+        codes = torch.arange(2**bits, device=z.device)[:, None] >> torch.arange(bits, device=z.device) & 1
+        return draws.at(codes.to(z.dtype).reshape(-1, 1, *z.shape[1:]).expand(-1, *z.shape))
+
+    def bound(self, draws: Draws) -> Float[Tensor, " B"]:
+        return self._expectation(draws, draws.log_weight)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        return self.bound(draws)
+
+    def reconstruction(self, draws: Draws) -> Float[Tensor, " B"]:
+        return self._expectation(draws, draws.log_lik)
+
+    def kl(self, draws: Draws) -> Float[Tensor, " B"]:
+        return self._expectation(draws, draws.log_guide - draws.log_prior)
+
+    @staticmethod
+    def _expectation(draws: Draws, value: Float[Tensor, "K B"]) -> Float[Tensor, " B"]:
+        return (draws.score.exp() * value).sum(0)
+
+
+def leave_one_out_mean(f: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
+    """For each particle, the mean of the others."""
+    return (f.sum(0) - f) / (len(f) - 1)
+
+
+def bernoulli_site(draws: Draws, name: str) -> tuple[dict[str, Any], Bernoulli]:
+    """The one latent site, and its Bernoulli without its event dimensions."""
+    sites = list(draws.guide_sites.values())
+    q = sites[0]["fn"].base_dist if isinstance(sites[0]["fn"], Independent) else sites[0]["fn"]
+    if len(sites) != 1 or not isinstance(q, Bernoulli):
+        got = {site["name"]: site["fn"] for site in sites}
+        raise ValueError(f"expected a Bernoulli guide at one site for {name}, got {got}")
+    return sites[0], q
+
+
+def _observations(draws: Draws) -> Float[Tensor, "B D"]:
+    """All observed numbers of each datum in a row."""
+    parts = []
+    for site in draws.observed_sites.values():
+        value = site["value"].to(draws.log_lik.dtype)
+        shape = draws.batch_size, *site["fn"].event_shape
+        parts.append(value.expand(shape).reshape(draws.batch_size, -1))
+    return torch.cat(parts, dim=1)

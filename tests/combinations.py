@@ -1,0 +1,42 @@
+"""Which estimators go with which gradient and guide, and what the others are refused with."""
+
+from itertools import product
+
+from pyrovae.estimators import ESTIMATORS
+from pyrovae.guides import GUIDES
+
+OF_CODES = {"disarm", "enumerate"}
+OF_GAUSSIANS = {"measure-valued"}
+EVERY = list(product(ESTIMATORS, (True, False), GUIDES))
+
+
+def refusal(estimator: str, use_rep: bool, guide: str) -> str | None:
+    """How the error of this combination begins, as a pattern; None where the combination exists."""
+    family, discrete = ESTIMATORS[estimator], GUIDES[guide].discrete
+    if use_rep not in family.gradients:
+        return f"expected use_rep {not use_rep} for {family.__name__}, .*got {use_rep}"
+    if use_rep and discrete:
+        return "expected a reparameterized sampler at guide site 'z'.*use_rep=False"
+    if estimator in OF_CODES and not discrete:
+        return f"expected a Bernoulli guide at one site for {family.__name__}, got .*Normal"
+    if estimator in OF_GAUSSIANS and discrete:
+        return "expected a Gaussian guide with diagonal covariance at one site.*got .*Bernoulli"
+    return None
+
+
+EXISTING = [combination for combination in EVERY if refusal(*combination) is None]
+
+
+def several(estimator: str, particles: int = 4) -> int:
+    """So many particles, or as many as the estimator takes."""
+    return min(particles, ESTIMATORS[estimator].particles[1] or particles)
+
+
+def takes(estimator: str, particles: int, antithetic: bool = False) -> bool:
+    """Whether there is the estimator for so many particles, in antithetic pairs or not."""
+    family = ESTIMATORS[estimator]
+    least, largest = family.particles
+    pairs = antithetic or family().antithetic
+    if pairs and (family.independent or particles % 2):
+        return False
+    return least <= particles <= (largest or particles)
