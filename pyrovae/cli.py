@@ -9,6 +9,7 @@ import click
 
 SUMMARIES = {
     "train": "Train a VAE, and leave a run directory with figures.",
+    "variance": "Compare the noise of gradient estimators.",
     "list": "List likelihoods, networks, guides, estimators and datasets.",
 }
 

@@ -1,6 +1,7 @@
 """The commands: parse, call the package, print. Their options are made from Config and the registries."""
 
 import contextlib
+import dataclasses
 import inspect
 import math
 import os
@@ -17,11 +18,13 @@ import click
 
 from pyrovae import runs
 from pyrovae.cli import SUMMARIES
+from pyrovae.comparison import every_estimator
 from pyrovae.config import Config
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
 from pyrovae.guides import GUIDES
+from pyrovae.laboratory import TESTBEDS, Measurement, directory_for, table, write
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.networks import NETWORKS
 from pyrovae.training import DivergedError, Fit, describe
@@ -95,7 +98,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def _with_flags(message: str) -> str:
     """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
-    names = "|".join(field.name for field in fields(Config)) + "|out|which"
+    names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
     return re.sub(rf"^expected ({names})\b", lambda match: f"expected {_flag(match[1])}", message)
 
 
@@ -135,7 +138,8 @@ def _summary(run: Path, result: Fit) -> str:
     best, last = result.history[result.progress.best_epoch - 1], result.history[-1]
     config, data = runs.read_config(run)
     likelihood, pixels = config.make_likelihood(data["levels"]), math.prod(data["shape"])
-    bits = bits_per_dim(likelihood, best["validation_elbo"], pixels)
+    bound = best["validation_bound" if config.beta == 1 else "validation_elbo"]
+    bits = bits_per_dim(likelihood, bound, pixels)
     lines = [
         f"Trained {result.progress.epoch} epochs; validation was best at epoch {best['epoch']}:",
         f"  {describe(best)} nats per image",
@@ -168,6 +172,138 @@ train_command = click.Command(
         ),
         click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
     ],
+)
+
+
+_MEASURED = ("batch_size", "seed", "cuda", "alpha", "data_dir")  # options of a measurement, not of the model
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(every_estimator() if text == "all" else text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at: Any, **settings: Any) -> None:
+    ctx = click.get_current_context()
+    own = {name: settings.pop(name) for name in ("estimators", "particles", "draws", "batches")}
+    out, quiet, as_json = settings.pop("out"), settings.pop("quiet"), settings.pop("as_json")
+    with _one_line_errors():
+        if (run is not None) + fresh + (testbed is not None) != 1:
+            raise ValueError("expected one of RUN, --fresh and --testbed: see --help")
+        of_model = _given(ctx, {name: value for name, value in settings.items() if name not in _MEASURED})
+        if of_model and not fresh:
+            raise ValueError(f"expected {next(iter(of_model))} with --fresh only")
+        if (along or at) and testbed:
+            raise ValueError("expected along with RUN or --fresh, got --testbed, which is not trained")
+        if at and not along:
+            raise ValueError("expected at with --along only")
+        own = {name: value for name, value in own.items() if value is not None}
+        if testbed:
+            own = {"particles": (1, 2, 4), "draws": 4096} | own
+        of_batch = {name: settings.pop(name) for name in ("batch_size", "alpha")}
+        measurement = Measurement(**own, **of_batch, seed=settings["seed"], quiet=quiet or as_json)
+        directory = None
+        if testbed:
+            found = measurement.of_testbed(TESTBEDS[testbed]())
+        elif fresh or along:
+            config = Config(**settings) if fresh else _of_run(run, settings)
+            if along:
+                epochs = at or (*(e for e in (0, 1, 10, 100) if e < config.epochs), config.epochs)
+                found = measurement.along(config, epochs)
+            else:
+                found = measurement.of_config(config)
+        else:
+            found = measurement.of_run(run, _of_run(run, settings).device())
+        directory = directory_for(run, out)
+        write(directory, found)
+        by_epoch = found if along else {None: found}
+        if as_json:
+            click.echo((directory / "variance.json").read_text(), nl=False)
+        elif quiet:
+            click.echo(directory)
+        else:
+            click.echo("\n\n".join(table(comparison) for comparison in by_epoch.values()))
+            click.echo(f"variance.json, variance.csv and figures: {directory}")
+
+
+def _of_run(run: str, settings: dict[str, Any]) -> Config:
+    """A run's settings, on the device and with the data's place that were asked for."""
+    config, _ = runs.read_config(Path(run))
+    place = {"data_dir": settings["data_dir"]} if settings["data_dir"] else {}
+    return dataclasses.replace(config, cuda=settings["cuda"], **place)
+
+
+def _variance_options() -> list[click.Parameter]:
+    defaults = Measurement()
+    of_train = [_option(field) for field in fields(Config) if field.name not in ("particles", "batch_size")]
+    return [
+        click.Argument(["run"], required=False, metavar="[RUN]"),
+        click.Option(["--fresh"], is_flag=True, help="A model of these train options, at initialisation."),
+        click.Option(
+            ["--testbed"], type=click.Choice(list(TESTBEDS)), help="A model whose truth is known exactly."
+        ),
+        click.Option(["--along"], is_flag=True, help="Train the run again, and measure at some epochs of it."),
+        click.Option(
+            ["--at"],
+            type=_Parsed(_counts),
+            metavar="N,N,...",
+            show_default="0,1,10,100 and the last",
+            help="Which epochs.",
+        ),
+        click.Option(
+            ["--estimators"],
+            type=_Parsed(_names),
+            default=",".join(defaults.estimators),
+            metavar="NAME,...|all",
+            show_default="the usual ones",
+            help="Names of `list`; with :score, :pathwise or :antithetic for what is not their default.",
+        ),
+        click.Option(
+            ["--particles", "-K"],
+            type=_Parsed(_counts),
+            metavar="K,K,...",
+            show_default="1,4,16,64, and 1,2,4 on a test-bed",
+            help="Monte Carlo samples per image.",
+        ),
+        click.Option(
+            ["--draws"],
+            type=int,
+            metavar="N",
+            show_default=f"{defaults.draws:,}, and 4,096 on a test-bed",
+            help="Gradients drawn of each.",
+        ),
+        click.Option(
+            ["--batch-size", "-b"],
+            default=defaults.batch_size,
+            show_default=True,
+            help="Images in the batch measured on.",
+        ),
+        click.Option(
+            ["--batches"],
+            default=defaults.batches,
+            show_default=True,
+            help="Batches over which means are compared.",
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print variance.json instead of a table."),
+        click.Option(
+            ["--out", "-o"],
+            metavar="DIR",
+            show_default="RUN/variance or runs/variance-<n>",
+            help="A new or empty directory for the results.",
+        ),
+        click.Option(["--quiet"], is_flag=True, help="Print the directory only."),
+        *of_train,
+    ]
+
+
+variance_command = click.Command(
+    "variance",
+    callback=_variance,
+    help=SUMMARIES["variance"] + "\n\nAll numbers are conditional on the parameters and one batch.",
+    params=_variance_options(),
 )
 
 

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyrovae.comparison import Row
+
 MAX_CLASSES = 20  # colours that can be told apart in a legend
 
 
@@ -111,6 +113,122 @@ def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> F
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="0.5", linewidth=0.8, linestyle="--")
     axes.set(title="means of q(z|x); dashed: one and two scales of p(z)", xlabel="z1", ylabel="z2")
     axes.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: str = "") -> Figure:
+    """Estimators compared: variance and signal-to-noise against K, what precision costs, and where noise lies.
+
+    Args:
+        rows: As `compare` gives them.
+        slopes: Of log SNR in log K, by estimator and "encoder" or "decoder".
+    """
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    (of_variance, of_work), (of_encoder, of_decoder), (of_layers, of_legend) = figure.subplots(3, 2)
+    of_legend.set_axis_off()
+    labels = list(dict.fromkeys(row.estimator for row in rows))
+    styles = {
+        label: {"color": colormaps["tab20"](i % 20), "marker": "osD^v<>P*X"[i % 10], "markersize": 5}
+        for i, label in enumerate(labels)
+    }
+    for label in labels:
+        own = [row for row in rows if row.estimator == label and row.tr_cov > 0]
+        particles = [row.particles for row in own]
+        low, high = zip(*(row.tr_cov_interval for row in own), strict=True) if own else ((), ())
+        of_variance.fill_between(particles, low, high, color=styles[label]["color"], alpha=0.2, linewidth=0)
+        of_variance.plot(particles, [row.tr_cov for row in own], label=label, **styles[label])
+        for axes, group in ((of_encoder, "encoder"), (of_decoder, "decoder")):
+            slope = slopes.get(label, {}).get(group)
+            name = None if slope is None else f"{label}: slope {slope:+.2f}"
+            ratios = [max(getattr(row, f"snr_{group}"), row.noise_floor / 10) for row in own]
+            axes.plot(particles, ratios, label=name, **styles[label])
+    of_variance.set(title="tr Cov of the gradient, all parameters", ylabel="tr Cov")
+    for axes, group in ((of_encoder, "encoder"), (of_decoder, "decoder")):
+        floor = rows[0].noise_floor
+        axes.axhspan(floor / 10, floor, color="0.9", zorder=0, label="below the noise floor")
+        axes.set(title=f"signal-to-noise ratio, {group}", ylabel="||mean|| / sqrt(tr Cov)")
+        axes.legend(fontsize="xx-small", ncols=2)
+    for axes in (of_variance, of_encoder, of_decoder):
+        axes.set(xscale="log", yscale="log", xlabel="particles K")
+        ticks = sorted({row.particles for row in rows})
+        axes.set_xticks(ticks, map(str, ticks), minor=False)
+        axes.minorticks_off()
+    _work_bars(of_work, rows, labels, styles)
+    _layer_map(of_layers, rows, labels)
+    handles, names = of_variance.get_legend_handles_labels()
+    of_legend.legend(handles, names, loc="center", ncols=2, title="estimators", fontsize="small")
+    return figure
+
+
+def _work_bars(axes: Axes, rows: Sequence[Row], labels: Sequence[str], styles: dict[str, dict]) -> None:
+    """For each estimator, tr Cov times seconds at each K, the lighter the more particles."""
+    particles = sorted({row.particles for row in rows})
+    height = 0.8 / len(particles)
+    for row in rows:
+        if row.work > 0:
+            rank = particles.index(row.particles)
+            axes.barh(
+                labels.index(row.estimator) + (rank - (len(particles) - 1) / 2) * height,
+                row.work,
+                height=height,
+                color=styles[row.estimator]["color"],
+                alpha=1 - 0.7 * rank / len(particles),
+            )
+    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.invert_yaxis()
+    axes.set(
+        xscale="log",
+        title=f"work-normalised variance, K = {', '.join(map(str, particles))} (downwards)",
+        xlabel="tr Cov x seconds per draw",
+    )
+
+
+def _layer_map(axes: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    """tr Cov by parameter for each estimator, at the K that most of them were measured with."""
+    particles = [row.particles for row in rows]
+    common = max(sorted(set(particles)), key=particles.count)
+    chosen = [row for label in labels for row in rows if (row.estimator, row.particles) == (label, common)]
+    names = list(chosen[0].by_parameter)
+    values = np.array([[row.by_parameter[name] for name in names] for row in chosen])
+    values = np.log10(np.where(values > 0, values, np.nan))
+    top = np.nanmax(values, initial=-np.inf)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=max(np.nanmin(values), top - 8), vmax=top)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
+    axes.set_yticks(range(len(chosen)), [row.estimator for row in chosen], fontsize="small")
+    axes.set_title(f"log10 tr Cov by parameter, K = {common}")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def variance_over_training(rows: dict[int, Sequence[Row]], title: str = "") -> Figure:
+    """tr Cov of each estimator at epochs of one training run, a panel for each K.
+
+    Args:
+        rows: As `compare` gives them, by epoch.
+    """
+    epochs = sorted(rows)
+    keys = list(dict.fromkeys((row.estimator, row.particles) for epoch in epochs for row in rows[epoch]))
+    labels = list(dict.fromkeys(label for label, _ in keys))
+    particles = sorted({k for _, k in keys})
+    figure = Figure(figsize=(4.5 * len(particles) + 2, 4.5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    every = figure.subplots(1, len(particles), sharey=True, squeeze=False)[0]
+    for axes, k in zip(every, particles, strict=True):
+        for label in (label for label, own in keys if own == k):
+            found = {e: row for e in epochs for row in rows[e] if (row.estimator, row.particles) == (label, k)}
+            i = labels.index(label)
+            low, high = zip(*(row.tr_cov_interval for row in found.values()), strict=True)
+            colour = colormaps["tab20"](i % 20)
+            axes.fill_between(list(found), low, high, color=colour, alpha=0.2, linewidth=0)
+            values = [row.tr_cov for row in found.values()]
+            axes.plot(list(found), values, label=label, color=colour, marker="osD^v<>P*X"[i % 10], markersize=5)
+        axes.set(title=f"K = {k}", xlabel="epoch", yscale="log")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks(epochs, map(str, epochs))
+        axes.minorticks_off()
+    every[0].set_ylabel("tr Cov of the gradient, all parameters")
+    handles = {name: h for axes in every for h, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside right center", fontsize="small")
     return figure
 
 

@@ -7,6 +7,8 @@ best.pt         the parameters with the best validation objective
 figures/        pictures
 """
 
+import contextlib
+import itertools
 import json
 import platform
 from importlib.metadata import version
@@ -57,7 +59,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     vae = config.make_vae(dataset.shape, dataset.levels)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
     try:
-        directory = _make_directory(config, out)
+        directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
         _write_config(directory, config, dataset)
     except OSError as error:
         raise RunError(f"expected out where a run can be written, got: {error}") from None
@@ -167,23 +169,26 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
     return Config.from_json(merged)
 
 
-def _make_directory(config: Config, out: str | Path | None) -> Path:
-    """A directory that was not there, or was empty."""
-    if out is not None:
-        directory = Path(out)
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
-    else:
-        number = 1
-        while True:
-            directory = Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}-{number}"
-            try:
+def new_directory(stem: Path, out: str | Path | None) -> Path:
+    """`out`, or else `<stem>-<n>` for the least n that is free: a directory that was not there, or was empty.
+
+    Raises:
+        RunError: `out` has files, or cannot be made.
+    """
+    try:
+        if out is not None:
+            directory = Path(out)
+            directory.mkdir(parents=True, exist_ok=True)
+            if any(directory.iterdir()):
+                raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
+            return directory
+        for number in itertools.count(1):
+            directory = stem.with_name(f"{stem.name}-{number}")
+            with contextlib.suppress(FileExistsError):
                 directory.mkdir(parents=True)
-                break
-            except FileExistsError:
-                number += 1
-    return directory
+                return directory
+    except OSError as error:
+        raise RunError(f"expected out where a run can be written, got: {error}") from None
 
 
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
@@ -219,7 +224,7 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
 
 def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
     """The figures of a finished run, of its best parameters; they show validation images, never test."""
-    vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.prior_loc.device)["model"])
+    vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.zeros.device)["model"])
     images = dataset.validation
     first = images.pixels[:PICTURED]
     pictures = {
@@ -231,7 +236,7 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
             [list(row) for row in vae.sample(5 * PICTURED, seed=0).split(10)], "E[x|z] for z from the prior"
         ),
     }
-    if vae.latent_dim == 2:
+    if vae.latent_dim == 2 and not vae.posterior.discrete:
         z, quantiles = prior_grid(GRID_SIDE)
         rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
         pictures["manifold"] = figures.manifold(rows, quantiles)

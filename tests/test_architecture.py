@@ -14,12 +14,15 @@ from pyrovae.data import DATASETS
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
     {"likelihoods", "networks", "estimators", "data"},
-    {"guides"},
+    {"guides", "testbed"},
     {"vae"},
     {"evaluation", "checkpoints"},
-    {"training"},
+    {"training", "per_draw"},
+    {"variance"},
+    {"comparison"},
     {"config", "figures"},
     {"runs"},
+    {"laboratory"},
     {"commands"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

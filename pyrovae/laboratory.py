@@ -1,0 +1,254 @@
+"""The variance laboratory: estimators compared on a trained run, a fresh one, along one, or on a test-bed.
+
+It leaves a directory with `variance.json`, `variance.csv` and `variance.png`.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyrovae import figures
+from pyrovae.checkpoints import load_checkpoint, write_atomically
+from pyrovae.comparison import USUAL, Comparison, compare
+from pyrovae.config import Config
+from pyrovae.data import Dataset
+from pyrovae.evaluation import seeded
+from pyrovae.runs import load, new_directory, read_config
+from pyrovae.testbed import LinearGaussian
+from pyrovae.training import fit
+from pyrovae.vae import VAE
+
+TESTBEDS = {"linear-gaussian": LinearGaussian}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What to measure, and how well.
+
+    Attributes:
+        estimators: Names as `comparison.parse` reads them.
+        particles: Values of K.
+        draws: Of each gradient.
+        batch_size: Validation images in the batch that all is conditional on.
+        batches: Such batches over which the mean gradient's own variance is found; 0 to leave it out.
+        seed: Of the noise and of stochastic binarization.
+        alpha: The order of `renyi`.
+        quiet: No progress bar.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    estimators: tuple[str, ...] = USUAL
+    particles: tuple[int, ...] = (1, 4, 16, 64)
+    draws: int = 256
+    batch_size: int = 16
+    batches: int = 4
+    seed: int = 0
+    alpha: float | None = None
+    quiet: bool = True
+
+    def __post_init__(self):
+        least = {"draws": 16, "batch_size": 1, "batches": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"expected {name} >= {value}, got {getattr(self, name)}")
+        if not self.particles or min(self.particles) < 1:
+            raise ValueError(f"expected particles of at least 1, got {','.join(map(str, self.particles))}")
+        if self.seed < 0:
+            raise ValueError(f"expected seed >= 0, got {self.seed}")
+
+    def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
+        """At the VAE's parameters, on the first validation images; settings go into the record."""
+        device = vae.zeros.device
+        with seeded(self.seed, device):
+            pixels = dataset.validation.pixels.to(device).flatten(1).split(self.batch_size)
+            x, *others = (vae.likelihood.observe(batch) for batch in pixels[: max(1, self.batches)])
+        batches = [batch for batch in (x, *others) if len(batch) == len(x)][: self.batches]
+        vae.eval()
+        return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=settings)
+
+    def of_testbed(self, case: LinearGaussian) -> Comparison:
+        """On a pair whose gradients are known exactly."""
+        x = torch.full((1, 1), case.x, dtype=torch.float64)
+        pair = case.pair()
+        return self._compare(pair, x, parts=pair.parts(), exact=case, settings={"testbed": repr(case)})
+
+    def of_run(self, run: str | Path, device: torch.device | str = "cpu") -> Comparison:
+        """At a trained run's best parameters."""
+        config, _ = read_config(Path(run))
+        vae = load(run, device=device)
+        epoch = load_checkpoint(Path(run) / "best.pt", "cpu")["epoch"]
+        return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
+
+    def of_config(self, config: Config) -> Comparison:
+        """At a new run's parameters before training."""
+        dataset = config.make_dataset()
+        vae = config.make_vae(dataset.shape, dataset.levels).to(config.device())
+        return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
+
+    def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
+        """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it."""
+        dataset = config.make_dataset()
+        config = config.resolved(dataset.levels)
+        vae = config.make_vae(dataset.shape, dataset.levels).to(config.device())
+        on_device = dataset.to(config.device())
+        found: dict[int, Comparison] = {}
+
+        def measure(epoch: int) -> None:
+            if epoch in epochs:
+                found[epoch] = self.of_vae(vae, dataset, {"epoch": epoch} | _described(config))
+
+        measure(0)
+        if max(epochs) > 0:
+            fit(
+                vae,
+                on_device.train,
+                on_device.validation,
+                estimator=config.make_estimator(),
+                epochs=max(epochs),
+                batch_size=config.batch_size,
+                lr=config.lr,
+                kl_warmup=config.kl_warmup,
+                seed=config.seed,
+                on_epoch=measure,
+            )
+        return found
+
+    def _compare(self, pair: Any, x: torch.Tensor, **settings: Any) -> Comparison:
+        interval = 0.2 if os.isatty(2) else 10
+        with tqdm(unit="draw", disable=self.quiet, dynamic_ncols=True, mininterval=interval) as bar:
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.total = total
+                bar.set_description(what, refresh=False)
+                bar.update(done - bar.n)
+
+            model, guide = (pair.model, pair.guide) if settings.get("exact") else pair.pair
+            return compare(
+                model,
+                guide,
+                x,
+                self.estimators,
+                particles=self.particles,
+                draws=self.draws,
+                seed=self.seed,
+                alpha=self.alpha,
+                progress=progress,
+                **settings,
+            )
+
+
+def _described(config: Config) -> dict[str, Any]:
+    names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
+    return {name: getattr(config, name) for name in names} | {"model_seed": config.seed}
+
+
+def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:
+    """`variance.json`, `variance.csv` and `variance.png`; by epoch, also a figure over training."""
+    by_epoch = found if isinstance(found, dict) else {None: found}
+    contents = {e: c.to_json() for e, c in by_epoch.items()} if isinstance(found, dict) else found.to_json()
+    write_atomically(directory / "variance.json", json.dumps(contents, indent=2) + "\n")
+    texts = [comparison.to_csv() for comparison in by_epoch.values()]
+    rest = [text.split("\n", 1)[1] for text in texts[1:]]
+    write_atomically(directory / "variance.csv", "".join([texts[0], *rest]))
+    for epoch, comparison in by_epoch.items():
+        name = "variance" if epoch is None else f"variance-{epoch:04}"
+        figure = figures.variance(comparison.rows, comparison.slopes, title(comparison))
+        figure.savefig(directory / f"{name}.png", dpi=100)
+    if isinstance(found, dict):
+        rows = {epoch: comparison.rows for epoch, comparison in found.items()}
+        figure = figures.variance_over_training(rows, title(next(iter(found.values()))))
+        figure.savefig(directory / "variance-over-training.png", dpi=100)
+
+
+def title(comparison: Comparison) -> str:
+    """What all numbers of a comparison are conditional on."""
+    s = comparison.settings
+    what = (
+        s.get("testbed")
+        or f"{s['dataset']}, {s['likelihood']}, {s['guide']}, {s['latent_dim']} latent dimensions"
+    )
+    when = f" after epoch {s['epoch']}" if "epoch" in s else ""
+    return (
+        f"{what}{when}; one batch of {s['batch_size']}, {s['draws']} draws, seed {s['seed']}, "
+        f"{s['device']}, {s['dtype']}"
+    )
+
+
+def directory_for(run: str | Path | None, out: str | Path | None) -> Path:
+    """Where results go: `out`, or else a new directory in the run or under runs/.
+
+    Raises:
+        RunError: There is no such place.
+    """
+    return new_directory(Path(run or "runs") / "variance", out)
+
+
+def table(comparison: Comparison) -> str:
+    """The comparison as text, one line per row."""
+    head = ["estimator", "K", "bias", "tr Cov [95 %]", "ratio [95 %]", "SNR enc", "SNR dec", "ms/draw", "work"]
+    lines = [head]
+    known = any(row.truth for row in comparison.rows)
+    for row in comparison.rows:
+        cells = {
+            "tr_cov": _with_interval(row.tr_cov, row.tr_cov_interval),
+            "ratio": _with_interval(row.ratio, row.ratio_interval),
+            "snr_encoder": _snr(row.snr_encoder, row.noise_floor),
+            "snr_decoder": _snr(row.snr_decoder, row.noise_floor),
+        }
+        if known:
+            cells = {
+                name: f"{cell} ({f'{row.truth[name]:.3g}' if row.truth else 'unknown'})"
+                for name, cell in cells.items()
+            }
+        cost = f"{1e3 * row.seconds:.2f}", f"{row.work:.3g}"
+        lines.append([row.estimator, str(row.particles), row.verdict, *cells.values(), *cost])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [title(comparison)]
+    for line in lines:
+        cells = [
+            cell.ljust(w) if i in (0, 2) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text + _notes(comparison))
+
+
+def _snr(value: float, floor: float) -> str:
+    return f"< {floor:.2g}" if value < floor else f"{value:.2f}"
+
+
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    rows, between = comparison.rows, comparison.between_batches
+    plain = ", ".join(dict.fromkeys(row.reference for row in rows))
+    notes = [
+        f"ratio: to {plain} of the same bound and K, under common noise. work: tr Cov x seconds per draw.",
+        f"SNR: ||mean|| / sqrt(tr Cov); below {rows[0].noise_floor:.2g} it cannot be told from zero.",
+    ]
+    if any(row.truth for row in rows):
+        notes.append("in brackets (): the exact value.")
+    for label, slopes in comparison.slopes.items():
+        if label in ("iwae", "dreg", "vimco"):
+            each = ", ".join(f"{group} {slope:+.2f}" for group, slope in slopes.items())
+            notes.append(f"slope of log SNR in log K, {label}: {each}")
+    if between:
+        notes.append(
+            f"over {between['batches']} batches: tr Cov of the mean gradient {between['between']:.3g}, "
+            f"beside {between['within']:.3g} of the noise within one (elbo, K = 1)"
+        )
+    if comparison.settings["batch_norm"]:
+        notes.append("batch norm uses its running statistics, so that data do not touch each other.")
+    looped = {row.looped for row in rows if row.looped}
+    notes += [f"slower, one draw at a time: {reason}" for reason in sorted(looped)]
+    notes += [f"not measured: {label}: {reason}" for label, reason in comparison.skipped.items()]
+    return notes
