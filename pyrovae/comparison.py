@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
 from pyrovae.evaluation import seeded
-from pyrovae.per_draw import modules_of, parameters_of
+from pyrovae.per_draw import modules_of, parameters_of, untouched
 from pyrovae.testbed import LinearGaussian
 from pyrovae.variance import BiasTest, GradientStats, Parts, check_bias, gradient_moments
 
@@ -94,14 +94,14 @@ class Comparison:
         skipped: Estimators that do not apply, and why.
         slopes: Of log SNR in log K, by estimator and by "encoder" and "decoder"; see `snr_slopes`.
         between_batches: The trace of the covariance of the mean gradient over batches, where several
-            were given, and that of the noise within one, both of the plain ELBO estimator with K = 1.
+            were given, and that of the noise within one, both of the estimator named, with its least K.
         settings: How this was measured.
     """
 
     rows: list[Row]
     skipped: dict[str, str]
     slopes: dict[str, dict[str, float]]
-    between_batches: dict[str, float]
+    between_batches: dict[str, Any]
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -213,78 +213,82 @@ def compare(
     """
     if not particles or min(particles) < 1:
         raise ValueError(f"expected particles of at least 1, got {', '.join(map(str, particles)) or 'none'}")
-    named = list(dict.fromkeys(estimators))
-    bench = _Bench(model, guide, x, draws, seed, parts, exact)
-    candidates, skipped = _candidates(named, particles, alpha, bench)
-    if not candidates:
-        raise ValueError(f"expected an estimator that applies, got none: {'; '.join(skipped.values())}")
-    references = {key: bench.reference(estimator) for key, estimator in candidates.items()}
-    plain = {key: plain for key, (plain, _) in references.items() if plain not in candidates}
-    for label, k in dict.fromkeys(plain.values()):  # what a ratio is taken to is measured, listed or not
-        candidates[label, k] = _make(label, k, alpha)
-        references[label, k] = bench.reference(candidates[label, k])
-    longs = {long for _, long in references.values() if long is not None}
-    total = draws * (len(candidates) + 2 * len(longs) + len(batches))
-    done = 0
-
-    def counted(what: str) -> Callable[[int], None]:
-        def count(number: int) -> None:
-            nonlocal done
-            done += number
-            progress(done, total, what)
-
-        return count
-
-    fitted: dict[Key, Estimator] = {}
-    stats, memory = {}, {}
-    for key, estimator in candidates.items():
-        what = counted(f"{key[0]}, K = {key[1]}")
-        what(0)
-        fitted[key] = bench.fitted(estimator)
-        stats[key], memory[key] = bench.moments(fitted[key], draws, seed, what)
-    truths: dict[Key, GradientStats | dict[str, Tensor]] = {}
-    for label, k in longs:
-        exactly = label == "enumerate"
-        number = 4 if exactly else 2 * draws
-        found, _ = bench.moments(_make(label, k, alpha), number, seed + 1, counted("reference"))
-        truths[label, k] = found.mean if exactly else found
-    seconds = bench.timed(fitted)
-    rows = []
-    for key, estimator in fitted.items():
-        plain, long = references[key]
-        bias, verdict = bench.verdict(estimator, stats[key], truths.get(long), len(fitted))
-        ratio, low, high = stats[key].ratio(stats[plain])
-        s = stats[key]
-        rows.append(
-            Row(
-                estimator=key[0],
-                particles=key[1],
-                verdict=verdict,
-                bias=bias,
-                tr_cov=s.tr_cov(),
-                tr_cov_interval=s.interval(),
-                reference=plain[0],
-                ratio=ratio,
-                ratio_interval=(low, high),
-                relative=s.tr_cov() / s.squared_norm() if s.squared_norm() > 0 else math.inf,
-                mean_variance=s.tr_cov() / s.num_parameters,
-                largest_variance=s.largest_variance(),
-                snr_encoder=s.snr("encoder"),
-                snr_decoder=s.snr("decoder"),
-                noise_floor=s.noise_floor,
-                seconds=seconds[key],
-                evaluations=bench.evaluations(estimator),
-                work=s.tr_cov() * seconds[key],
-                peak_memory=memory[key],
-                by_group={group: s.tr_cov(group) for group in s.parts},
-                by_parameter=s.tr_cov_of,
-                looped=s.looped,
-                truth=bench.truth(estimator, fitted[plain]),
+    with untouched(model, guide):
+        bench = _Bench(model, guide, x, draws, seed, parts, exact)
+        candidates, skipped = _candidates(estimators, particles, alpha, bench)
+        if not candidates:
+            raise ValueError(f"expected an estimator that applies, got none: {'; '.join(skipped.values())}")
+        references = {key: bench.reference(estimator) for key, estimator in candidates.items()}
+        for plain, _ in list(references.values()):  # what a ratio is taken to is measured, listed or not
+            candidates.setdefault(plain, _make(*plain, alpha))
+            references.setdefault(plain, bench.reference(candidates[plain]))
+        longs = {long: _make(*long, alpha) for _, long in references.values() if long is not None}
+        counter = _Counter(draws * (len(candidates) + 2 * len(longs) + len(batches)), progress)
+        fitted, stats, memory = {}, {}, {}
+        for key, estimator in candidates.items():
+            with_name = counter(f"{key[0]}, K = {key[1]}")
+            fitted[key] = bench.fitted(estimator)
+            stats[key], memory[key] = bench.moments(fitted[key], draws, seed, with_name)
+        truths = {key: bench.long_run(estimator, counter("reference")) for key, estimator in longs.items()}
+        seconds = bench.timed(fitted)
+        rows = []
+        for key, estimator in fitted.items():
+            plain, long = references[key]
+            bias, verdict = bench.verdict(estimator, stats[key], truths.get(long), len(fitted))
+            ratio, *interval = stats[key].ratio(stats[plain])
+            rows.append(
+                Row(
+                    estimator=key[0],
+                    particles=key[1],
+                    verdict=verdict,
+                    bias=bias,
+                    reference=plain[0],
+                    ratio=ratio,
+                    ratio_interval=tuple(interval),
+                    seconds=seconds[key],
+                    evaluations=bench.evaluations(estimator),
+                    work=stats[key].tr_cov() * seconds[key],
+                    peak_memory=memory[key],
+                    truth=bench.truth(estimator, fitted[plain]),
+                    **_summary(stats[key]),
+                )
             )
-        )
-    between = bench.between_batches(batches, draws, seed, counted("other batches")) if batches else {}
+        between = bench.between_batches(batches, counter("other batches")) if batches else {}
     record = dict(settings or {}) | bench.settings() | {"draws": draws, "seed": seed}
     return Comparison(rows, skipped, snr_slopes(rows), between, record)
+
+
+def _summary(stats: GradientStats) -> dict[str, Any]:
+    """What a row says of its moments alone."""
+    squared_norm = stats.squared_norm()
+    return {
+        "tr_cov": stats.tr_cov(),
+        "tr_cov_interval": stats.interval(),
+        "relative": stats.tr_cov() / squared_norm if squared_norm > 0 else math.inf,
+        "mean_variance": stats.tr_cov() / stats.num_parameters,
+        "largest_variance": stats.largest_variance(),
+        "snr_encoder": stats.snr("encoder"),
+        "snr_decoder": stats.snr("decoder"),
+        "noise_floor": stats.noise_floor,
+        "by_group": {group: stats.tr_cov(group) for group in stats.parts},
+        "by_parameter": stats.tr_cov_of,
+        "looped": stats.looped,
+    }
+
+
+class _Counter:
+    """Tells how many of all gradients have been drawn, and what for."""
+
+    def __init__(self, total: int, progress: Callable[[int, int, str], Any]):
+        self.done, self.total, self.progress = 0, total, progress
+
+    def __call__(self, what: str) -> Callable[[int], None]:
+        def count(number: int) -> None:
+            self.done += number
+            self.progress(self.done, self.total, what)
+
+        count(0)
+        return count
 
 
 def snr_slopes(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
@@ -323,7 +327,7 @@ def _candidates(
     """Those that take the number of particles and the pair; of the others, why not."""
     candidates: dict[Key, Estimator] = {}
     skipped: dict[str, str] = {}
-    for label in labels:
+    for label in dict.fromkeys(labels):
         parse(label)  # a name that is wrong is no estimator that does not apply
         for k in dict.fromkeys(particles):
             try:
@@ -447,6 +451,14 @@ class _Bench:
         )
         return stats, peak if on_gpu else None
 
+    def long_run(
+        self, estimator: Estimator, progress: Callable[[int], None]
+    ) -> GradientStats | dict[str, Tensor]:
+        """Of a reference, with other noise and twice the draws; of one without noise, its gradient."""
+        exactly = isinstance(estimator, Enumerate)
+        stats, _ = self.moments(estimator, 4 if exactly else 2 * self.draws, self.seed + 1, progress)
+        return stats.mean if exactly else stats
+
     def _gradient(self, estimator: Estimator) -> None:
         """One draw of the gradient, as training takes it."""
         loss = -estimator.surrogate(estimator.draws(self.model, self.guide, self.x)).mean()
@@ -510,9 +522,7 @@ class _Bench:
             "snr_decoder": snr("w", "b"),
         }
 
-    def between_batches(
-        self, batches: Sequence[Tensor], draws: int, seed: int, progress: Callable[[int], None]
-    ) -> dict[str, float]:
+    def between_batches(self, batches: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
         """By the law of total variance: that of the mean over batches, and the mean of that within one."""
         label = "elbo" if self.reparameterized else "rloo"
         estimator = ESTIMATORS[label]()
@@ -523,8 +533,8 @@ class _Bench:
                 self.guide,
                 estimator,
                 batch,
-                draws=draws,
-                seed=seed + 3 + number,
+                draws=self.draws,
+                seed=self.seed + 3 + number,
                 elementwise=False,
                 progress=progress,
             )
@@ -532,7 +542,12 @@ class _Bench:
             within.append(stats.tr_cov())
         noise = statistics.mean(within)
         spread = torch.stack(means).var(0).sum().item() if len(means) > 1 else math.nan
-        return {"batches": len(means), "within": noise, "between": spread - noise / draws}
+        return {
+            "estimator": label,
+            "batches": len(means),
+            "within": noise,
+            "between": spread - noise / self.draws,
+        }
 
 
 def _plain_of_bound(estimator: Estimator) -> Estimator:

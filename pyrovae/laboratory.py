@@ -122,7 +122,7 @@ class Measurement:
 
     def _compare(self, pair: Any, x: torch.Tensor, **settings: Any) -> Comparison:
         interval = 0.2 if os.isatty(2) else 10
-        with tqdm(unit="draw", disable=self.quiet, dynamic_ncols=True, mininterval=interval) as bar:
+        with tqdm(unit="draw", disable=self.quiet, dynamic_ncols=True, mininterval=interval, delay=0.5) as bar:
 
             def progress(done: int, total: int, what: str) -> None:
                 bar.total = total
@@ -244,11 +244,14 @@ def _notes(comparison: Comparison) -> list[str]:
     if between:
         notes.append(
             f"over {between['batches']} batches: tr Cov of the mean gradient {between['between']:.3g}, "
-            f"beside {between['within']:.3g} of the noise within one (elbo, K = 1)"
+            f"beside {between['within']:.3g} of the noise within one ({between['estimator']})"
         )
     if comparison.settings["batch_norm"]:
         notes.append("batch norm uses its running statistics, so that data do not touch each other.")
     looped = {row.looped for row in rows if row.looped}
     notes += [f"slower, one draw at a time: {reason}" for reason in sorted(looped)]
-    notes += [f"not measured: {label}: {reason}" for label, reason in comparison.skipped.items()]
+    reasons: dict[str, list[str]] = {}
+    for label, reason in comparison.skipped.items():
+        reasons.setdefault(reason.split(", got")[0], []).append(label)
+    notes += [f"not measured: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
     return notes

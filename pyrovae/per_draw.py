@@ -7,6 +7,7 @@ plain backward passes under the same noise; where they differ, or a parameter en
 otherwise, draws are taken one by one.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -70,6 +71,21 @@ def modules_of(*programs: Callable) -> set[nn.Module]:
     """The modules that the programs are, or are methods of, and all in them."""
     owners = [getattr(program, "__self__", program) for program in programs]
     return {module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
+
+
+@contextlib.contextmanager
+def untouched(*programs: Callable) -> Iterator[None]:
+    """The programs' modules in evaluation mode; on leaving they and Pyro's parameter store are as they were."""
+    modes = {module: module.training for module in modules_of(*programs)}
+    for module in modes:
+        module.training = False
+    store = pyro.get_param_store()
+    try:
+        with store.scope(store.get_state()):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict[str, Tensor], set[str]]:
@@ -304,7 +320,6 @@ class _Apart(TorchFunctionMode):
         dim = self._data_dim(shape)
         dtype = kwargs.get("dtype") or (like.dtype if like is not None else torch.get_default_dtype())
         part = [self.batch if i == dim else n for i, n in enumerate(shape)]
-
         if name.endswith("_") and len(args) > 1:
             raise NotVectorized(f"its noise has settings of its own, {args[1:]}")
 
@@ -314,9 +329,8 @@ class _Apart(TorchFunctionMode):
                 pieces = [a.expand(shape)[(slice(None),) * dim + (here,)].contiguous() for a in args]
                 return getattr(torch, name)(*pieces, generator=generator)
             empty = torch.empty(part, dtype=dtype, device=generator.device)
-            return (
-                empty.normal_(generator=generator) if name in _NORMAL else empty.uniform_(generator=generator)
-            )
+            fill = empty.normal_ if name in _NORMAL else empty.uniform_
+            return fill(generator=generator)
 
         noise = torch.cat([one(number, g) for number, g in enumerate(self.generators)], dim=dim)
         return args[0].copy_(noise) if name.endswith("_") else noise

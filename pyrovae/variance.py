@@ -4,11 +4,10 @@ Every number here is conditional on the parameters and the batch at hand: the on
 estimator's own. Gradients are of the bound, averaged over the batch, in nats per datum.
 """
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +20,7 @@ from pyro.infer import ELBO
 from scipy import stats as distributions
 from torch import Tensor
 
-from pyrovae.per_draw import Gradient, PerDrawGradients, modules_of, parameters_of
+from pyrovae.per_draw import Gradient, PerDrawGradients, parameters_of, untouched
 
 BLOCKS = 32  # means over blocks of draws, from which bias is judged
 LARGEST_ERROR = 1e-3  # relative, of a trace, by rounding
@@ -106,7 +105,7 @@ class GradientStats:
     def squared_norm(self, group: str = "all") -> float:
         """Of the mean gradient, less what noise adds to it: unbiased, and below zero at times."""
         raw = sum(
-            self.mean[name][rows].square().sum().item()
+            torch.atleast_1d(self.mean[name])[rows].square().sum().item()
             for member in self.members(group)
             for name, rows in self.parts[member].items()
         )
@@ -200,7 +199,7 @@ def gradient_moments(
     if draws < 4:
         raise ValueError(f"expected draws >= 4, got {draws}")
     args = x if isinstance(x, tuple) else (x,)
-    with _evaluation_mode(model, guide), pyro.validation_enabled(False):
+    with untouched(model, guide), pyro.validation_enabled(False):
         parameters, in_guide = parameters_of(model, guide, *args)
         if parts is None:
             parts = {"encoder": dict.fromkeys(sorted(in_guide), slice(None))} | {
@@ -231,15 +230,7 @@ def gradient_moments(
     lost = max((tally.relative_error() for tally in tallies.values()), default=0.0)
     if lost > LARGEST_ERROR:  # the variance is small beside the mean: as a difference of squares it drowns
         return gradient_moments(
-            model,
-            guide,
-            estimator,
-            x,
-            draws=draws,
-            seed=seed,
-            parts=parts,
-            vectorize=vectorize,
-            progress=progress,
+            model, guide, estimator, x, draws=draws, seed=seed, parts=parts, vectorize=vectorize
         )
     means = {name: tally.mean() for name, tally in tallies.items()}
     traces = {name: tally.traces(means[name]) for name, tally in tallies.items()}
@@ -362,19 +353,6 @@ class _Tally:
         }
 
 
-@contextlib.contextmanager
-def _evaluation_mode(*programs: Callable) -> Iterator[None]:
-    """The modules that the programs are methods of in evaluation mode, and on leaving as they were."""
-    modes = {module: module.training for module in modules_of(*programs)}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _quantiles(
     resampled: Float[np.ndarray, " resamples"], level: float, *, around: float, of: float
 ) -> tuple[float, float]:
@@ -454,7 +432,8 @@ def check_bias(
     difference = torch.cat(differences, dim=1)
     blocks, entries = difference.shape
     rounding = max(100 * eps, 1e-9) * torch.stack(scales).max().item()
-    error = torch.sqrt(difference.var(0) / blocks + rounding**2).clamp(min=torch.finfo(torch.float64).tiny)
+    error = torch.cat([_standard_error(part) for part in differences]) + rounding
+    error = error.clamp(min=torch.finfo(torch.float64).tiny)
     max_z = (difference.mean(0).abs() / error).max().item()
     limit = float(distributions.t.isf(false_alarm / 4 / entries, blocks - 1))
     gram = (difference @ difference.T).cpu().numpy()
@@ -470,6 +449,15 @@ def check_bias(
     excess = (observed - np.trace(gram)) / (blocks * (blocks - 1))
     biased = max_z > limit or p_value < false_alarm / 2
     return BiasTest(max_z, limit, float(excess), p_value, biased)
+
+
+def _standard_error(differences: Float[Tensor, "blocks entries"]) -> Float[Tensor, " entries"]:
+    """Of the mean over blocks; an entry's is at least a tenth of what is typical of its parameter.
+
+    Else an entry that moves only in events too rare to have been drawn would look exact, and wrong.
+    """
+    error = (differences.var(0) / len(differences)).sqrt()
+    return torch.hypot(error, 0.1 * error.square().mean().sqrt())
 
 
 @functools.cache

@@ -133,7 +133,6 @@ INVALID_WITH = {
     ("likelihood", "bernoulli"): {"c": [0.05, "learned"], "levels": [4]},
     ("likelihood", "continuous-bernoulli"): {"c": [0.05], "levels": [4], "binarize": ["soft"]},
     ("guide", "bernoulli-code"): {"scale_head": ["exp"]},
-    ("estimator", "elbo"): {"alpha": [0.5]},
     ("network", "mlp"): {"hidden": [(), (0,), (10, -1)], "channels": [(8,)]},
     ("network", "cnn"): {"channels": [(), (0,), (8, -1)], "hidden": [(8,)]},
     ("estimator", "elbo"): {"alpha": [0.0, 0.5]},

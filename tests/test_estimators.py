@@ -814,7 +814,7 @@ def test_refuses_numbers_of_particles_that_there_is_no_estimator_for(name):
 
 @pytest.mark.parametrize("family", [Rloo, Iwae, Dreg, Vimco, Rws, Renyi, StlIwae])
 def test_particles_that_must_be_independent_are_never_antithetic(family):
-    with pytest.raises(ValueError, match=r"\Aexpected antithetic False for .*independent particles, got True\Z"):
+    with pytest.raises(ValueError, match=r"\Aexpected antithetic False .*independent particles, got True\Z"):
         family(num_particles=2, antithetic=True)
 
 

@@ -23,7 +23,7 @@ from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
 from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
-from pyrovae.training import DivergedError, fit
+from pyrovae.training import DivergedError, describe, fit
 from tests.test_data import Bomb
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,10 @@ VARIANTS = {
     "warm-up, beta, particles": {"kl_warmup": 3, "beta": 2.0, "particles": 3},
     "learned c, analytic KL": {"likelihood": "gaussian", "c": "learned", "estimator": "analytic-kl"},
     "score function, patience": {"use_rep": False, "patience": 2, "epochs": 8},
+    "running mean": {"estimator": "running-mean"},
+    "learned baseline": {"estimator": "learned-baseline"},
+    "codes in pairs": {"guide": "bernoulli-code", "estimator": "disarm", "particles": 4},
+    "importance weights": {"estimator": "dreg", "particles": 3},
 }
 
 
@@ -413,6 +417,15 @@ def test_warm_up_is_linear_in_the_step_and_ends_at_beta(make_vae, monkeypatch):
     monkeypatch.setattr(pyrovae.training._Trainer, "_step", recorded)
     fit(vae, images, images, epochs=3, batch_size=10, kl_warmup=2, quiet=True)
     assert betas == pytest.approx([2 * min(1, (i + 1) / 8) for i in range(12)])
+
+
+def test_a_tighter_bound_stands_beside_the_elbo_and_chooses_the_best_epoch(tmp_path):
+    config = Config(**TINY | {"estimator": "iwae", "particles": 20})
+    run, result = runs.train(config, out=tmp_path / "run")
+    rows = read_metrics(run)
+    assert all(row["validation_bound"] > row["validation_elbo"] and row["bound"] > row["elbo"] for row in rows)
+    assert rows[result.progress.best_epoch - 1] == max(rows, key=lambda row: row["validation_bound"])
+    assert "bound" in describe(rows[0])
 
 
 def test_reported_terms_do_not_depend_on_beta(make_vae):
