@@ -1,6 +1,6 @@
 """Results in, matplotlib Figures out. Nothing here reads or writes a file, or computes a result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrovae.comparison import Row
 
 MAX_CLASSES = 20  # colours that can be told apart in a legend
+TERMS = {"elbo": "ELBO", "reconstruction": "reconstruction, E log p(x|z)", "kl": "KL(q(z|x) || p(z))"}
 
 
 def curves(history: Sequence[dict]) -> Figure:
@@ -25,14 +26,36 @@ def curves(history: Sequence[dict]) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 3 else None
-    terms = {"elbo": "ELBO", "reconstruction": "reconstruction, E log p(x|z)", "kl": "KL(q(z|x) || p(z))"}
-    for axes, (term, title) in zip(figure.subplots(1, 3), terms.items(), strict=True):
+    for axes, (term, title) in zip(figure.subplots(1, 3), TERMS.items(), strict=True):
         axes.plot(epochs, [row[term] for row in history], label="training", marker=marker)
         axes.plot(epochs, [row[f"validation_{term}"] for row in history], label="validation", marker=marker)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         _focus(axes, [row[f"{prefix}{term}"] for row in history for prefix in ("", "validation_")])
+    return figure
+
+
+def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
+    """ELBO, reconstruction and KL of several runs, each in its colour, in nats per image.
+
+    Args:
+        histories: By the run's name in the legend, its rows of `metrics.jsonl`.
+    """
+    figure = Figure(figsize=(13, max(3.6, 0.2 * len(histories) + 1)), layout="constrained")
+    figure.suptitle("solid: validation; dashed: training", fontsize="medium")
+    every = figure.subplots(1, 3)
+    for axes, (term, title) in zip(every, TERMS.items(), strict=True):
+        for i, (name, history) in enumerate(histories.items()):
+            epochs = [row["epoch"] for row in history]
+            style = {"color": colormaps["tab20"](2 * i % 20 + i // 10 % 2), "marker": "o" if len(epochs) < 3 else None}
+            axes.plot(epochs, [row[f"validation_{term}"] for row in history], label=name, **style)
+            axes.plot(epochs, [row[term] for row in history], linestyle="--", linewidth=0.8, **style)
+        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        rows = [row for history in histories.values() for row in history]
+        _focus(axes, [row[f"{prefix}{term}"] for row in rows for prefix in ("", "validation_")])
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
 
 
@@ -55,8 +78,19 @@ def reconstructions(
     return grid(rows, title)
 
 
-def grid(rows: Sequence[Sequence[Float[Tensor, "C H W"]]], title: str = "") -> Figure:
-    """Images of one shape in rows and columns, a white pixel apart, from 0 (black) to 1 (white)."""
+def grid(
+    rows: Sequence[Sequence[Float[Tensor, "C H W"]]],
+    title: str = "",
+    *,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> Figure:
+    """Images of one shape in rows and columns, a white pixel apart, from 0 (black) to 1 (white).
+
+    Args:
+        row_names: To stand left of the rows; none if empty.
+        column_names: To stand below the columns; none if empty.
+    """
     channels, height, width = rows[0][0].shape
     columns = max(len(row) for row in rows)
     canvas = torch.ones(channels, len(rows) * (height + 1) - 1, columns * (width + 1) - 1)
@@ -65,9 +99,14 @@ def grid(rows: Sequence[Sequence[Float[Tensor, "C H W"]]], title: str = "") -> F
             canvas[:, i * (height + 1) :, j * (width + 1) :][:, :height, :width] = image
     figure = Figure(figsize=(0.8 * columns, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
-    axes.set_axis_off()
     axes.set_title(title, fontsize="medium")
     _show(axes, canvas)
+    axes.set_frame_on(False)
+    axes.tick_params(length=0, labelsize="small")
+    axes.set_xticks([j * (width + 1) + width / 2 for j in range(len(column_names))], column_names)
+    axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(row_names))], row_names)
+    if not (row_names or column_names):
+        axes.set_axis_off()
     return figure
 
 
@@ -95,25 +134,61 @@ def manifold(
 
 def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> Figure:
     """Encoded images as points, coloured by class where there are labels; circles mark the prior."""
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
-    axes = figure.subplots()
-    points = z.detach().cpu().numpy()
-    classes = [] if labels is None else labels.unique().tolist()
-    size = np.clip(4000 / len(points), 3, 20)
-    if 1 < len(classes) <= MAX_CLASSES:
-        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
-        for label, colour in zip(classes, colours, strict=False):
-            chosen = (labels == label).cpu().numpy()
-            axes.scatter(*points[chosen].T, s=size, color=colour, label=str(label), alpha=0.7, linewidths=0)
-        axes.legend(title="class", markerscale=(30 / size) ** 0.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    else:
-        axes.scatter(*points.T, s=size, alpha=0.7, linewidths=0)
+    figure = cloud(z, labels, "means of q(z|x); dashed: one and two scales of p(z)")
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (1, 2):
-        axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="0.5", linewidth=0.8, linestyle="--")
-    axes.set(title="means of q(z|x); dashed: one and two scales of p(z)", xlabel="z1", ylabel="z2")
+        figure.axes[0].plot(radius * np.cos(angle), radius * np.sin(angle), "--", color="0.5", linewidth=0.8)
+    return figure
+
+
+def cloud(
+    points: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None, title: str, names: Sequence[str] = ("z1", "z2")
+) -> Figure:
+    """Points on two axes of one scale and these names, coloured by class where there are labels."""
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    size = np.clip(4000 / len(points), 3, 20)
+    values = points.detach().cpu().numpy()
+    for chosen, style in _classes(labels, len(points)):
+        axes.scatter(*values[chosen].T, s=size, alpha=0.7, linewidths=0, **style)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(title="class", markerscale=(30 / size) ** 0.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(title=title, xlabel=names[0], ylabel=names[1])
     axes.set_aspect("equal", adjustable="datalim")
     return figure
+
+
+def latent_histogram(z: Float[Tensor, " N"], labels: Int[Tensor, " N"] | None, *, prior: bool = True) -> Figure:
+    """Encoded images on a latent line: how many lie where, one class upon another where there are labels.
+
+    Args:
+        prior: Whether to draw the standard normal's density, to the histogram's scale.
+    """
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    values = z.detach().cpu().numpy()
+    classes = list(_classes(labels, len(z)))
+    styles = {key: [style[key] for _, style in classes] for key in classes[0][1]}
+    _, edges, _ = axes.hist([values[chosen] for chosen, _ in classes], bins=50, stacked=True, **styles)
+    if prior:
+        line = np.linspace(min(-3, edges[0]), max(3, edges[-1]), 300)
+        density = np.exp(-(line**2) / 2) / np.sqrt(2 * np.pi)
+        axes.plot(line, len(z) * (edges[1] - edges[0]) * density, "--", color="0.3", linewidth=1)
+    if "label" in styles:
+        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(title="means of q(z|x)" + "; dashed: p(z)" * prior, xlabel="z1", ylabel="images")
+    return figure
+
+
+def _classes(labels: Int[Tensor, " N"] | None, n: int) -> Iterator[tuple[np.ndarray, dict]]:
+    """Which of n points belong to each class, with its colour and label; all of them if that tells nothing."""
+    classes = [] if labels is None else labels.unique().tolist()
+    if not 1 < len(classes) <= MAX_CLASSES:
+        yield np.ones(n, dtype=bool), {"color": "C0"}
+        return
+    colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
+    for label, colour in zip(classes, colours, strict=False):
+        yield (labels == label).cpu().numpy(), {"color": colour, "label": str(label)}
 
 
 def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: str = "") -> Figure:
@@ -224,6 +299,7 @@ def variance_over_training(rows: dict[int, Sequence[Row]], title: str = "") -> F
             axes.plot(list(found), values, label=label, color=colour, marker="osD^v<>P*X"[i % 10], markersize=5)
         axes.set(title=f"K = {k}", xlabel="epoch", yscale="log")
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(epochs[0] - 0.2, epochs[-1] * 1.3 + 0.2)
         axes.set_xticks(epochs, map(str, epochs))
         axes.minorticks_off()
     every[0].set_ylabel("tr Cov of the gradient, all parameters")

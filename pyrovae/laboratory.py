@@ -163,18 +163,19 @@ def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:
         figure.savefig(directory / f"{name}.png", dpi=100)
     if isinstance(found, dict):
         rows = {epoch: comparison.rows for epoch, comparison in found.items()}
-        figure = figures.variance_over_training(rows, title(next(iter(found.values()))))
+        first = next(iter(found.values()))
+        figure = figures.variance_over_training(rows, title(first, over_training=True))
         figure.savefig(directory / "variance-over-training.png", dpi=100)
 
 
-def title(comparison: Comparison) -> str:
+def title(comparison: Comparison, over_training: bool = False) -> str:
     """What all numbers of a comparison are conditional on."""
     s = comparison.settings
     what = (
         s.get("testbed")
         or f"{s['dataset']}, {s['likelihood']}, {s['guide']}, {s['latent_dim']} latent dimensions"
     )
-    when = f" after epoch {s['epoch']}" if "epoch" in s else ""
+    when = f" after epoch {s['epoch']}" if "epoch" in s and not over_training else ""
     return (
         f"{what}{when}; one batch of {s['batch_size']}, {s['draws']} draws, seed {s['seed']}, "
         f"{s['device']}, {s['dtype']}"

@@ -55,7 +55,7 @@ class LinearGaussian:
     """One datum x, the model's w, b and t2 (a variance), and the guide's mu and s (a scale).
 
     Example:
-        >>> case = LinearGaussian(x=1, w=1, b=0, t2=1, mu=0.3, s=(2 / 3) ** 0.5)
+        >>> case = LinearGaussian(x=1.0, w=1.0, b=0.0, t2=1.0, mu=0.3, s=(2 / 3) ** 0.5)
         >>> from pyrovae.estimators import Elbo
         >>> round(case.truth(Elbo()).variance["rho"], 5)
         3.66222

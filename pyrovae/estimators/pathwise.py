@@ -64,9 +64,8 @@ class StickingTheLanding(Elbo):
     https://arxiv.org/abs/1703.09194, eq. 8).
 
     Example:
-        >>> StickingTheLanding(use_rep=False)
-        Traceback (most recent call last):
-        ValueError: expected use_rep True for StickingTheLanding, a gradient through ..., got False
+        >>> StickingTheLanding(num_particles=4).use_rep
+        True
     """
 
     gradients: ClassVar = (True,)
