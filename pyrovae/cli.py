@@ -9,7 +9,16 @@ import click
 
 SUMMARIES = {
     "train": "Train a VAE, and leave a run directory with figures.",
+    "sweep": "Train a grid of VAEs, and tabulate them.",
     "variance": "Compare the noise of gradient estimators.",
+    "evaluate": "Judge a trained run on its test images: ELBO, log p(x), latents.",
+    "reconstruct": "Picture images above their reconstructions.",
+    "sample": "Picture the expected images of draws from the prior.",
+    "interpolate": "Picture the way between the codes of images.",
+    "manifold": "Picture the decoded latent space.",
+    "latent": "Picture the latent codes of images, by class.",
+    "curves": "Picture the training of one run, or of several.",
+    "encode": "Write the latent codes of images to a file.",
     "list": "List likelihoods, networks, guides, estimators and datasets.",
 }
 

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
-from pyrovae import runs
+from pyrovae import assessment, figures, pictures, runs
+from pyrovae import sweep as sweeps
+from pyrovae.assessment import Examination
+from pyrovae.checkpoints import write_atomically
 from pyrovae.cli import SUMMARIES
 from pyrovae.comparison import every_estimator
 from pyrovae.config import Config
@@ -24,7 +28,7 @@ from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
 from pyrovae.guides import GUIDES
-from pyrovae.laboratory import TESTBEDS, Measurement, directory_for, table, write
+from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, write
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.networks import NETWORKS
 from pyrovae.training import DivergedError, Fit, describe
@@ -99,6 +103,8 @@ def _one_line_errors() -> Iterator[None]:
 def _with_flags(message: str) -> str:
     """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
     names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
+    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne"
+    names += "|images(?= from)|image(?= from| without)|data(?= to be)"
     return re.sub(rf"^expected ({names})\b", lambda match: f"expected {_flag(match[1])}", message)
 
 
@@ -107,10 +113,14 @@ def _fail(message: str, code: int) -> None:
     raise click.exceptions.Exit(code)
 
 
-def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) -> None:
+def _train(out: str | None, resume: str | None, recipe: str | None, quiet: bool, **settings: Any) -> None:
     ctx = click.get_current_context()
     with _one_line_errors():
-        if resume is None:
+        if recipe is not None and resume is not None:
+            raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
+        if recipe is not None:
+            run, result = runs.train(_of_recipe(recipe, _given(ctx, settings)), out=out, quiet=quiet)
+        elif resume is None:
             run, result = runs.train(Config(**settings), out=out, quiet=quiet)
         elif out is not None:
             raise runs.RunError("expected out without --resume, which continues in the run's own directory")
@@ -124,6 +134,15 @@ def _train(out: str | None, resume: str | None, quiet: bool, **settings: Any) ->
             )
             raise click.exceptions.Exit(128 + result.stopped_by)
         click.echo(str(run) if quiet else _summary(run, result))
+
+
+def _of_recipe(name: str, given: dict[str, Any]) -> Config:
+    """The settings of a recipe's one run, with what was given in their place."""
+    recipe = sweeps.read_recipe(name)
+    cells = sweeps.without_repeats(recipe.cells, given)
+    if len(cells) > 1:
+        raise sweeps.SweepError(f"expected recipe of one run, got {len(cells)}: use sweep --recipe {name}")
+    return recipe.config(cells[0] | given)
 
 
 def _program(ctx: click.Context) -> str:
@@ -170,12 +189,103 @@ train_command = click.Command(
             metavar="RUN",
             help=f"Continue this run; only {', '.join(map(_flag, runs.MAY_CHANGE))} may differ.",
         ),
+        click.Option(
+            ["--recipe"],
+            metavar="NAME|FILE",
+            help=f"Take settings from a TOML file, or from one of {', '.join(sweeps.recipes())}.",
+        ),
         click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
     ],
 )
 
 
 _MEASURED = ("batch_size", "seed", "cuda", "alpha", "data_dir")  # options of a measurement, not of the model
+
+
+def _sweep(
+    over: tuple[str, ...], recipe: str | None, jobs: int, out: str | None, quiet: bool, **settings: Any
+) -> None:
+    ctx = click.get_current_context()
+    with _one_line_errors():
+        plan = _planned(over, recipe, _given(ctx, settings))
+        try:
+            directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
+            sweep = sweeps.Sweep(directory, plan)
+        except OSError as error:
+            raise sweeps.SweepError(f"expected out where a sweep can be written, got: {error}") from None
+        with tqdm(total=len(plan.cells), unit="run", disable=quiet, dynamic_ncols=True) as bar:
+
+            def report(cell: str, outcome: str) -> None:
+                bar.update()
+                if not quiet or outcome not in ("finished", "skipped"):
+                    bar.write(f"{cell or 'the run'}: {outcome}", file=sys.stderr)
+
+            try:
+                failed = sweep.run(jobs, report)
+            except KeyboardInterrupt:
+                same = ["--out", str(directory)] if out is None else []
+                again = shlex.join([*ctx.find_root().meta.get("arguments", sys.argv[1:]), *same])
+                click.echo(f"Stopped; nothing is lost. To go on:\n  {_program(ctx)} {again}", err=True)
+                raise click.exceptions.Exit(130) from None
+        rows = sweep.table()
+        if rows:
+            write_atomically(directory / "results.csv", sweeps.to_csv(rows))
+            write_atomically(directory / "results.md", sweeps.to_markdown(rows))
+            figures.overlaid_curves(sweep.histories()).savefig(directory / "curves.png", dpi=100)
+            click.echo(sweeps.to_markdown(rows), nl=False)
+        left = "results.csv, results.md and curves.png" if rows else "No run has finished"
+        click.echo(f"{left}: {directory}")
+        if failed:
+            _fail(f"{len(failed)} of {len(plan.cells)} runs failed; see {directory / 'cells'}", EXIT_FAILED)
+
+
+def _planned(over: tuple[str, ...], recipe: str | None, given: dict[str, Any]) -> sweeps.Recipe:
+    """The cells of a recipe or of nothing, times the values to go over."""
+    base = sweeps.read_recipe(recipe) if recipe else sweeps.Recipe(({},), {})
+    values: dict[str, list[Any]] = {}
+    by_name = {field.name: field for field in fields(Config)}
+    for text in over:
+        name, _, listed = text.partition("=")
+        field = by_name.get(name.strip().replace("-", "_"))
+        if field is None or not listed:
+            raise sweeps.SweepError(f"expected over as NAME=VALUE,VALUE,... of a train option, got {text!r}")
+        option = _option(field)
+        parts = listed.split(";" if ";" in listed else ",")
+        try:
+            values[field.name] = [option.type.convert(part.strip(), option, None) for part in parts]
+        except click.BadParameter as error:
+            raise sweeps.SweepError(f"expected over {field.name} with its values: {error.message}") from None
+    given = {name: value for name, value in given.items() if name not in values}
+    cells = sweeps.without_repeats(base.cells, given | values)
+    return sweeps.Recipe(sweeps.grid(values, cells), base.shared | given, base.description)
+
+
+def _sweep_options() -> list[click.Parameter]:
+    return [
+        *(_option(field) for field in fields(Config)),
+        click.Option(
+            ["--over"],
+            multiple=True,
+            metavar="NAME=V,V,...",
+            help="Go over these values of a train option; several times for a grid. Values with commas: V;V.",
+        ),
+        click.Option(
+            ["--recipe"], metavar="NAME|FILE", help=f"A TOML file, or one of {', '.join(sweeps.recipes())}."
+        ),
+        click.Option(
+            ["--jobs", "-j"], type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time."
+        ),
+        click.Option(
+            ["--out", "-o"],
+            metavar="DIR",
+            show_default="runs/sweep-<n>",
+            help="A directory for the runs; one of the same sweep is continued.",
+        ),
+        click.Option(["--quiet"], is_flag=True, help="Print the table only."),
+    ]
+
+
+sweep_command = click.Command("sweep", callback=_sweep, help=SUMMARIES["sweep"], params=_sweep_options())
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -205,20 +315,18 @@ def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at
             own = {"particles": (1, 2, 4), "draws": 4096} | own
         of_batch = {name: settings.pop(name) for name in ("batch_size", "alpha")}
         measurement = Measurement(**own, **of_batch, seed=settings["seed"], quiet=quiet or as_json)
-        directory = None
-        if testbed:
-            found = measurement.of_testbed(TESTBEDS[testbed]())
-        elif fresh or along:
-            config = Config(**settings) if fresh else _of_run(run, settings)
-            if along:
+        with results_directory(run, out) as directory:
+            if testbed:
+                found = measurement.of_testbed(TESTBEDS[testbed]())
+            elif along:
+                config = Config(**settings) if fresh else _of_run(run, settings)
                 epochs = at or (*(e for e in (0, 1, 10, 100) if e < config.epochs), config.epochs)
                 found = measurement.along(config, epochs)
+            elif fresh:
+                found = measurement.of_config(Config(**settings))
             else:
-                found = measurement.of_config(config)
-        else:
-            found = measurement.of_run(run, _of_run(run, settings).device())
-        directory = directory_for(run, out)
-        write(directory, found)
+                found = measurement.of_run(run, _of_run(run, settings))
+            write(directory, found)
         by_epoch = found if along else {None: found}
         if as_json:
             click.echo((directory / "variance.json").read_text(), nl=False)
@@ -304,6 +412,250 @@ variance_command = click.Command(
     callback=_variance,
     help=SUMMARIES["variance"] + "\n\nAll numbers are conditional on the parameters and one batch.",
     params=_variance_options(),
+)
+
+
+def _evaluate(
+    run: str, which: str, cuda: bool, data_dir: str | None, as_json: bool, quiet: bool, **own: Any
+) -> None:
+    with _one_line_errors():
+        device = Config(cuda=cuda).device()
+        examination = Examination(**own, quiet=quiet or as_json)
+        found = examination.of_run(run, which=which, device=device, data_dir=data_dir)
+        path = assessment.write(Path(run), found)
+        if as_json:
+            click.echo(path.read_text(), nl=False)
+        elif quiet:
+            click.echo(path)
+        else:
+            click.echo(f"{assessment.table(found)}\n{path}")
+
+
+def _evaluate_options() -> list[click.Parameter]:
+    defaults = Examination()
+    return [
+        click.Argument(["run"], metavar="RUN"),
+        click.Option(
+            ["--which"],
+            type=click.Choice(["best", "last"]),
+            default="best",
+            show_default=True,
+            help="The parameters with the best validation objective, or the last.",
+        ),
+        click.Option(
+            ["--particles", "-K"],
+            default=defaults.particles,
+            metavar="K",
+            show_default=f"{defaults.particles:,}",
+            help="Samples per image for log p(x), from q(z|x) and from the prior.",
+        ),
+        click.Option(
+            ["--ais"],
+            default=defaults.ais,
+            metavar="N",
+            show_default="none",
+            help="Annealed importance sampling, slow and tight, of the first N images.",
+        ),
+        click.Option(
+            ["--ais-steps"],
+            default=defaults.ais_steps,
+            metavar="N",
+            show_default=True,
+            help="Steps from the prior to the posterior.",
+        ),
+        click.Option(
+            ["--ais-chains"],
+            default=defaults.ais_chains,
+            metavar="N",
+            show_default=True,
+            help="Chains per image.",
+        ),
+        click.Option(
+            ["--limit"], type=int, metavar="N", show_default="all", help="The first N test images only."
+        ),
+        click.Option(
+            ["--batch-size", "-b"],
+            type=int,
+            metavar="N",
+            show_default="what keeps memory small",
+            help="Images decoded at a time.",
+        ),
+        click.Option(["--seed", "-s"], default=defaults.seed, show_default=True, help="Of all noise."),
+        *(_option(field) for field in fields(Config) if field.name in ("data_dir", "cuda")),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print evaluation.json instead of a table."),
+        click.Option(["--quiet"], is_flag=True, help="Print the path of evaluation.json only."),
+    ]
+
+
+evaluate_command = click.Command(
+    "evaluate", callback=_evaluate, help=SUMMARIES["evaluate"], params=_evaluate_options()
+)
+
+
+def _picture(run: str, out: str | None, dpi: int, cuda: bool, **settings: Any) -> None:
+    name = click.get_current_context().command.name
+    with _one_line_errors():
+        path = pictures.path_for(run, name, out)
+        pictures.save(getattr(pictures, name)(run, device=_device(cuda), **settings), path, dpi)
+        click.echo(path)
+
+
+def _curves(run: tuple[str, ...], out: str | None, dpi: int) -> None:
+    with _one_line_errors():
+        path = pictures.path_for(run[0], "curves" if len(run) == 1 else "curves-overlaid", out)
+        pictures.save(pictures.curves(*run), path, dpi)
+        click.echo(path)
+
+
+def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any) -> None:
+    with _one_line_errors():
+        path = Path(run) / "latents.npz" if out is None else Path(out)
+        if path.suffix != ".npz":
+            raise ValueError(f"expected out with the suffix .npz, got {path}")
+        if out is not None and path.exists() and not force:
+            raise ValueError(f"expected out that is not there yet, or --force to replace it, got {path}")
+        pictures.encode(run, device=_device(cuda), **settings).save(path)
+        click.echo(path)
+
+
+def _device(cuda: bool) -> str:
+    return str(Config(cuda=cuda).device())
+
+
+def _of_picture(name: str) -> list[click.Option]:
+    """Where a picture goes, and how fine it is."""
+    kinds = ", ".join(suffix.removeprefix(".") for suffix in pictures.SUFFIXES)
+    return [
+        click.Option(
+            ["--out", "-o"],
+            metavar="FILE",
+            show_default=f"RUN/figures/{name}.png",
+            help=f"The picture, in place of any that is there: {kinds}.",
+        ),
+        click.Option(
+            ["--dpi"], type=click.IntRange(1, 1000), default=100, show_default=True, help="Dots per inch."
+        ),
+    ]
+
+
+def _of_load() -> list[click.Option]:
+    """Which parameters of a run, and where they work."""
+    return [
+        click.Option(
+            ["--which"],
+            type=click.Choice(["best", "last"]),
+            default="best",
+            show_default=True,
+            help="The parameters of the best epoch, or of the last.",
+        ),
+        *(_option(field) for field in fields(Config) if field.name == "cuda"),
+    ]
+
+
+_RUN = click.Argument(["run"], metavar="RUN")
+_DATA_DIR = _option(next(field for field in fields(Config) if field.name == "data_dir"))
+_IMAGES = [
+    click.Option(
+        ["--split"],
+        type=click.Choice(pictures.SPLITS),
+        show_default="validation, or all with --data",
+        help="Which images.",
+    ),
+    click.Option(
+        ["--data"],
+        metavar="SOURCE",
+        show_default="the run's",
+        help="Other images: what `train --dataset` reads.",
+    ),
+    _DATA_DIR,
+]
+
+
+def _picture_command(name: str, *own: click.Option) -> click.Command:
+    """A command that calls the function of this name in `pictures`."""
+    params = [_RUN, *own, *_of_load(), *_of_picture(name)]
+    return click.Command(name, callback=_picture, help=SUMMARIES[name], params=params)
+
+
+reconstruct_command = _picture_command(
+    "reconstruct",
+    click.Option(["--images"], default=runs.PICTURED, metavar="N", show_default=True, help="At most how many."),
+    *_IMAGES,
+)
+sample_command = _picture_command(
+    "sample",
+    click.Option(["-n"], default=100, metavar="N", show_default=True, help="How many."),
+    click.Option(["--seed", "-s"], type=click.IntRange(0), default=0, show_default=True, help="Of the draws."),
+)
+interpolate_command = _picture_command(
+    "interpolate",
+    click.Option(
+        ["--between"],
+        type=_Parsed(_counts),
+        metavar="I,J",
+        show_default="0,1",
+        help="Indices of two validation images, the ends of a row.",
+    ),
+    click.Option(
+        ["--corners"],
+        type=_Parsed(_counts),
+        metavar="I,J,K,L",
+        help="Of four, the corners of a grid: top left, top right, bottom left, bottom right.",
+    ),
+    click.Option(["--steps"], default=10, show_default=True, help="Decoded points from end to end."),
+    _DATA_DIR,
+)
+manifold_command = _picture_command(
+    "manifold",
+    click.Option(
+        ["--steps"], type=int, show_default="20 in a grid, 11 in a traversal", help="Points along a dimension."
+    ),
+    click.Option(
+        ["--dims"],
+        type=int,
+        metavar="N",
+        show_default="all, at most 20",
+        help="Of more than 2 dimensions, traverse the N that vary most with the image.",
+    ),
+    click.Option(
+        ["--image"],
+        type=int,
+        metavar="I",
+        show_default="zero",
+        help="The validation image at whose code the other dimensions stay.",
+    ),
+    _DATA_DIR,
+)
+latent_command = _picture_command(
+    "latent",
+    click.Option(
+        ["--tsne"], is_flag=True, help="More than 2 dimensions by t-SNE, not by principal components."
+    ),
+    click.Option(["--limit"], type=int, metavar="N", show_default="all", help="At most this many images."),
+    *_IMAGES,
+)
+curves_command = click.Command(
+    "curves",
+    callback=_curves,
+    help=SUMMARIES["curves"],
+    params=[click.Argument(["run"], nargs=-1, required=True, metavar="RUN..."), *_of_picture("curves")],
+)
+encode_command = click.Command(
+    "encode",
+    callback=_encode,
+    help=SUMMARIES["encode"],
+    params=[
+        _RUN,
+        *_IMAGES,
+        *_of_load(),
+        click.Option(
+            ["--out", "-o"],
+            metavar="FILE",
+            show_default="RUN/latents.npz",
+            help="A new .npz, with q(z|x)'s mean and, where there are any, scale and labels.",
+        ),
+        click.Option(["--force"], is_flag=True, help="Replace the file if it is there."),
+    ],
 )
 
 

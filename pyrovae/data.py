@@ -151,7 +151,7 @@ def load_dataset(
         ValueError: The name is unknown, or its contents are not such images; one line that says
             what is wrong and what to do.
     """
-    source = _read(name, data_dir or default_data_dir(), image_size)
+    source = read_source(name, data_dir or default_data_dir(), image_size)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(SPLIT_SEED))
     default = min(max(1, round(HELD_OUT * len(order))), MOST_HELD_OUT)
     sizes = default if source.test is None else 0, default if held_out is None else held_out
@@ -173,7 +173,12 @@ def load_dataset(
     )
 
 
-def _read(name: str, data_dir: Path, image_size: int | None) -> Source:
+def read_source(name: str, data_dir: Path, image_size: int | None) -> Source:
+    """All images of a source, as `load_dataset` names it, before they are divided.
+
+    Raises:
+        ValueError: There is no such source, or image_size is not for it.
+    """
     path = Path(name).expanduser()
     is_folder = name not in DATASETS and path.is_dir()
     if image_size is not None and (image_size < 1 or not is_folder):

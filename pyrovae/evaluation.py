@@ -1,17 +1,25 @@
 """How good a VAE is on given images, in nats per image. Evaluation never changes the model."""
 
-import contextlib
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro
 import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
+from pyrovae.evidence import seeded
 from pyrovae.likelihoods import Likelihood
 from pyrovae.vae import VAE
+
+ACTIVE = 0.01  # the variance of its mean over images above which a latent dimension is in use
+KL_SAMPLES = 1000
+NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,92 @@ def without_constant(likelihood: Likelihood, bound: float, num_pixels: int) -> f
     return None if constant is None else constant - bound
 
 
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """torch's default generators seeded, and on leaving set back to where they were."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+def kl_per_image(
+    vae: VAE, x: Shaped[Tensor, "N D"], *, batch_size: int = 1000, seed: int = 0
+) -> Float[Tensor, "N L"] | None:
+    """KL(q(z_l|x) || p(z_l)) of each image and latent dimension, in nats, on the CPU; rows sum to the KL.
+
+    In closed form where there is one, else by Monte Carlo with KL_SAMPLES samples. None if the
+    dimensions of q(z|x) or p(z) depend on each other, so that the KL is no such sum.
+    """
+
+    def terms(q: Distribution) -> Tensor | None:
+        both = q, vae.posterior.prior(vae.zeros)
+        if not all(isinstance(d, Independent) and not d.base_dist.event_shape for d in both):
+            return None
+        q, p = (d.base_dist for d in both)
+        p = p.expand(q.batch_shape)
+        try:
+            return kl_divergence(q, p)
+        except NotImplementedError:
+            z = q.sample((KL_SAMPLES,))
+            return (q.log_prob(z) - p.log_prob(z)).mean(0)
+
+    with seeded(seed, x.device):
+        parts = list(_of_posterior(vae, x, terms, batch_size))
+    return None if any(part is None for part in parts) else torch.cat(parts).double().cpu()
+
+
+def latent_means(vae: VAE, x: Shaped[Tensor, "N D"], *, batch_size: int = 1000) -> Float[Tensor, "N L"]:
+    """E_q[z] of each image, on the CPU."""
+    return torch.cat(_of_posterior(vae, x, lambda q: q.mean, batch_size)).double().cpu()
+
+
+def _of_posterior(
+    vae: VAE, x: Shaped[Tensor, "N D"], term: Callable[[Distribution], Tensor | None], batch_size: int
+) -> list[Tensor | None]:
+    """A term of q(z|x), for so many images at a time."""
+    pixels = vae.likelihood.to_pixels(x).to(vae.zeros.dtype)
+    with vae.evaluating(), pyro.validation_enabled(False):
+        return [term(vae.posterior(batch)) for batch in pixels.split(batch_size)]
+
+
+def variance_of_means(means: Float[Tensor, "N L"]) -> Float[Tensor, " L"] | None:
+    """Var_x(E_q[z]) per latent dimension, unbiased; None for a single image.
+
+    A dimension is active where it is more than ACTIVE, as in Importance Weighted Autoencoders, Burda,
+    Grosse & Salakhutdinov, 2016, https://arxiv.org/abs/1509.00519, section 5.2.
+    """
+    return means.var(0) if len(means) > 1 else None
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How well classes can be told from latents: fractions of test images classified correctly.
+
+    Attributes:
+        linear: By logistic regression on standardised latents.
+        neighbours: By the majority of the NEIGHBOURS nearest training latents.
+        train, test: So many latents were fitted and tested.
+    """
+
+    linear: float
+    neighbours: float
+    train: int
+    test: int
+
+
+def probe(
+    train: Float[Tensor, "N L"],
+    train_labels: Int[Tensor, " N"] | None,
+    test: Float[Tensor, "M L"],
+    test_labels: Int[Tensor, " M"] | None,
+) -> Probes | str:
+    """Classifiers fitted on training latents and judged on test latents, or why there are none."""
+    if train_labels is None or test_labels is None:
+        return "no labels"
+    if len(train_labels.unique()) < 2:
+        return "one class only"
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train)))
+    fitted, judged = ((z.numpy(), y.cpu().numpy()) for z, y in ((train, train_labels), (test, test_labels)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an almost best line is a probe as well
+        accuracies = [float(judge.fit(*fitted).score(*judged)) for judge in (linear, neighbours)]
+    return Probes(*accuracies, train=len(train), test=len(test))

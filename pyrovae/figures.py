@@ -48,7 +48,10 @@ def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
     for axes, (term, title) in zip(every, TERMS.items(), strict=True):
         for i, (name, history) in enumerate(histories.items()):
             epochs = [row["epoch"] for row in history]
-            style = {"color": colormaps["tab20"](2 * i % 20 + i // 10 % 2), "marker": "o" if len(epochs) < 3 else None}
+            style = {
+                "color": colormaps["tab20"](2 * i % 20 + i // 10 % 2),
+                "marker": "o" if len(epochs) < 3 else None,
+            }
             axes.plot(epochs, [row[f"validation_{term}"] for row in history], label=name, **style)
             axes.plot(epochs, [row[term] for row in history], linestyle="--", linewidth=0.8, **style)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
@@ -97,7 +100,8 @@ def grid(
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             canvas[:, i * (height + 1) :, j * (width + 1) :][:, :height, :width] = image
-    figure = Figure(figsize=(0.8 * columns, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
+    wide = max(0.8 * columns, 0.08 * len(title))  # inches: room for the title
+    figure = Figure(figsize=(wide, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize="medium")
     _show(axes, canvas)
@@ -142,7 +146,10 @@ def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> F
 
 
 def cloud(
-    points: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None, title: str, names: Sequence[str] = ("z1", "z2")
+    points: Float[Tensor, "N 2"],
+    labels: Int[Tensor, " N"] | None,
+    title: str,
+    names: Sequence[str] = ("z1", "z2"),
 ) -> Figure:
     """Points on two axes of one scale and these names, coloured by class where there are labels."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
@@ -168,8 +175,9 @@ def latent_histogram(z: Float[Tensor, " N"], labels: Int[Tensor, " N"] | None, *
     axes = figure.subplots()
     values = z.detach().cpu().numpy()
     classes = list(_classes(labels, len(z)))
+    bins = int(np.clip(2 * len(z) ** 0.5, 10, 60))
     styles = {key: [style[key] for _, style in classes] for key in classes[0][1]}
-    _, edges, _ = axes.hist([values[chosen] for chosen, _ in classes], bins=50, stacked=True, **styles)
+    _, edges, _ = axes.hist([values[chosen] for chosen, _ in classes], bins=bins, stacked=True, **styles)
     if prior:
         line = np.linspace(min(-3, edges[0]), max(3, edges[-1]), 300)
         density = np.exp(-(line**2) / 2) / np.sqrt(2 * np.pi)
@@ -210,8 +218,9 @@ def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: st
     for label in labels:
         own = [row for row in rows if row.estimator == label and row.tr_cov > 0]
         particles = [row.particles for row in own]
-        low, high = zip(*(row.tr_cov_interval for row in own), strict=True) if own else ((), ())
-        of_variance.fill_between(particles, low, high, color=styles[label]["color"], alpha=0.2, linewidth=0)
+        if own:  # a gradient without noise has no place on a logarithmic axis
+            low, high = zip(*(row.tr_cov_interval for row in own), strict=True)
+            of_variance.fill_between(particles, low, high, color=styles[label]["color"], alpha=0.2, linewidth=0)
         of_variance.plot(particles, [row.tr_cov for row in own], label=label, **styles[label])
         for axes, group in ((of_encoder, "encoder"), (of_decoder, "decoder")):
             slope = slopes.get(label, {}).get(group)
@@ -224,8 +233,9 @@ def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: st
         axes.axhspan(floor / 10, floor, color="0.9", zorder=0, label="below the noise floor")
         axes.set(title=f"signal-to-noise ratio, {group}", ylabel="||mean|| / sqrt(tr Cov)")
         axes.legend(fontsize="xx-small", ncols=2)
+    scale = "log" if any(row.tr_cov > 0 for row in rows) else "linear"  # nothing is noisy: nothing to scale
     for axes in (of_variance, of_encoder, of_decoder):
-        axes.set(xscale="log", yscale="log", xlabel="particles K")
+        axes.set(xscale="log", yscale=scale, xlabel="particles K")
         ticks = sorted({row.particles for row in rows})
         axes.set_xticks(ticks, map(str, ticks), minor=False)
         axes.minorticks_off()
@@ -253,7 +263,7 @@ def _work_bars(axes: Axes, rows: Sequence[Row], labels: Sequence[str], styles: d
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.set(
-        xscale="log",
+        xscale="log" if any(row.work > 0 for row in rows) else "linear",
         title=f"work-normalised variance, K = {', '.join(map(str, particles))} (downwards)",
         xlabel="tr Cov x seconds per draw",
     )
@@ -267,8 +277,9 @@ def _layer_map(axes: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
     names = list(chosen[0].by_parameter)
     values = np.array([[row.by_parameter[name] for name in names] for row in chosen])
     values = np.log10(np.where(values > 0, values, np.nan))
-    top = np.nanmax(values, initial=-np.inf)
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=max(np.nanmin(values), top - 8), vmax=top)
+    finite = values[np.isfinite(values)]
+    low, top = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=max(low, top - 8), vmax=top)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
     axes.set_yticks(range(len(chosen)), [row.estimator for row in chosen], fontsize="small")
     axes.set_title(f"log10 tr Cov by parameter, K = {common}")

@@ -3,8 +3,10 @@
 It leaves a directory with `variance.json`, `variance.csv` and `variance.png`.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ class Measurement:
             pixels = dataset.validation.pixels.to(device).flatten(1).split(self.batch_size)
             x, *others = (vae.likelihood.observe(batch) for batch in pixels[: max(1, self.batches)])
         batches = [batch for batch in (x, *others) if len(batch) == len(x)][: self.batches]
-        vae.eval()
-        return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=settings)
+        record = (settings or {}) | {"beta": vae.beta}  # which a warm-up changes from epoch to epoch
+        return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=record)
 
     def of_testbed(self, case: LinearGaussian) -> Comparison:
         """On a pair whose gradients are known exactly."""
@@ -79,10 +81,10 @@ class Measurement:
         pair = case.pair()
         return self._compare(pair, x, parts=pair.parts(), exact=case, settings={"testbed": repr(case)})
 
-    def of_run(self, run: str | Path, device: torch.device | str = "cpu") -> Comparison:
-        """At a trained run's best parameters."""
-        config, _ = read_config(Path(run))
-        vae = load(run, device=device)
+    def of_run(self, run: str | Path, config: Config | None = None) -> Comparison:
+        """At a trained run's best parameters; `config` may say where it is done and where the data lie."""
+        config = config or read_config(Path(run))[0]
+        vae = load(run, device=config.device())
         epoch = load_checkpoint(Path(run) / "best.pt", "cpu")["epoch"]
         return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
 
@@ -93,7 +95,13 @@ class Measurement:
         return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
 
     def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
-        """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it."""
+        """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it.
+
+        Raises:
+            ValueError: An epoch is below 0.
+        """
+        if min(epochs) < 0:
+            raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
         dataset = config.make_dataset()
         config = config.resolved(dataset.levels)
         vae = config.make_vae(dataset.shape, dataset.levels).to(config.device())
@@ -117,6 +125,7 @@ class Measurement:
                 kl_warmup=config.kl_warmup,
                 seed=config.seed,
                 on_epoch=measure,
+                quiet=self.quiet,
             )
         return found
 
@@ -189,6 +198,22 @@ def directory_for(run: str | Path | None, out: str | Path | None) -> Path:
         RunError: There is no such place.
     """
     return new_directory(Path(run or "runs") / "variance", out)
+
+
+@contextlib.contextmanager
+def results_directory(run: str | Path | None, out: str | Path | None) -> Iterator[Path]:
+    """The same, made before anything is measured; gone again if it stays empty."""
+    if run is not None:
+        read_config(Path(run))  # no directory is made in what is no run
+    place = Path(out if out is not None else run or "runs")
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    directory = directory_for(run, out)
+    try:
+        yield directory
+    finally:
+        if not any(directory.iterdir()):
+            for path in made if out is not None else (directory, *made):
+                path.rmdir()
 
 
 def table(comparison: Comparison) -> str:

@@ -2,7 +2,7 @@
 
 The batch is repeated once per draw, so that one run of the program is as many draws of its loss, and
 each layer's gradient is taken apart again: a linear layer's for one draw is the product of that
-draw's rows of its inputs and of its output gradients. What such a pass gives is compared with two
+draw's rows of its inputs and of its output gradients. What such a pass gives is compared with
 plain backward passes under the same noise; where they differ, or a parameter enters the loss
 otherwise, draws are taken one by one.
 """
@@ -20,8 +20,9 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from pyrovae.estimators import Estimator
+from pyrovae.estimators import Elbo, Estimator
 from pyrovae.evaluation import seeded
 
 CONVOLUTIONS = {  # the names of their arguments after the input and the weight
@@ -34,6 +35,10 @@ MEMORY = {"cpu": 2**24, "cuda": 2**29}  # numbers held at a time; on a CPU more 
 
 class NotVectorized(Exception):
     """A program whose draws cannot be told apart after one pass."""
+
+
+class _Ambiguous(Exception):
+    """Two dimensions of some noise have as many rows as the repeated batch."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not _reads_attribute(func):
-            self.seen |= {self.names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.names}
+            self.seen.update(_used(self.names, args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -177,10 +182,11 @@ class PerDrawGradients:
         self.block, self.whole = block, whole
         self.chunk, self.reason = block, "as asked"
         self.noise_dims: list[int] = []
-        plain = [self._one(draw) for draw in range(2)]
+        self.subsampled = not isinstance(estimator, Estimator) and self._subsampling(args) != 1
+        self._one(0)  # whatever the estimator refuses, it says now
         if vectorize is not False:
             try:
-                self._check(plain)
+                self._check()
                 self.reason = ""
             except NotVectorized as error:
                 if vectorize:
@@ -203,10 +209,15 @@ class PerDrawGradients:
 
     def loss(self, *args: Tensor) -> Tensor:
         """Minus the bound, summed over the batch, with the gradient that the estimator gives it."""
-        if not isinstance(self.estimator, Estimator):
-            return self.estimator.differentiable_loss(self.model, self.guide, *args)
-        draws = self.estimator.draws(self.model, self.guide, *args)
-        return -self.estimator.surrogate(draws).sum() * draws.subsampling
+        if isinstance(self.estimator, Estimator):
+            return -self.estimator.surrogate(self.estimator.draws(self.model, self.guide, *args)).sum()
+        loss = self.estimator.differentiable_loss(self.model, self.guide, *args)
+        return loss / self._subsampling(args) if self.subsampled else loss
+
+    def _subsampling(self, args: tuple[Tensor, ...]) -> float:
+        """What Pyro's estimators multiply the sum over the batch by."""
+        with seeded(0, self.device), torch.no_grad():
+            return Elbo(use_rep=False).draws(self.model, self.guide, *args).subsampling
 
     def _one(self, draw: int) -> dict[str, Tensor]:
         with seeded(_mixed(self.seed, draw), self.device):
@@ -222,8 +233,11 @@ class PerDrawGradients:
         args = [self._repeated(a, len(draws)) for a in self.args]
         seeds = [_mixed(self.seed, draw) for draw in draws]
         with seeded(0, self.device):
+            before = _random_state(self.device)
             with _Apart(self, seeds, list(zip(args, self.args, strict=True))) as mode:
                 loss = self.loss(*args)
+            if not torch.equal(before, _random_state(self.device)):
+                raise NotVectorized("some of its noise is drawn by a function that is not followed")
             uses = mode.uses
             deltas = torch.autograd.grad(-loss / self.batch, [use.out for use in uses], allow_unused=True)
         self.held = sum(use.out.numel() for use in uses) / len(draws)
@@ -244,16 +258,25 @@ class PerDrawGradients:
         is_batch = isinstance(arg, Tensor) and arg.dim() and len(arg) == self.batch
         return arg.repeat(draws, *[1] * (arg.dim() - 1)) if is_batch else arg
 
-    def _check(self, plain: list[dict[str, Tensor]]) -> None:
-        """Two draws in one pass against two plain ones; then how many fit into memory."""
-        gradient = self._many(range(2))
+    def _check(self) -> None:
+        """Some draws in one pass against as many plain ones; then how many fit into memory."""
+        for draws in (2, 3, 5, 7):
+            self.noise_dims = []
+            with contextlib.suppress(_Ambiguous):
+                gradient = self._many(range(draws))
+                break
+        else:
+            raise NotVectorized("it cannot be told which dimension of its noise is that of the data")
+        plain = [self._one(draw) for draw in range(draws)]
         for name, parameter in self.parameters.items():
             expected = torch.stack([one[name] for one in plain])
             got = gradient(name).materialised().reshape(expected.shape)
             scale = expected.abs().max()
             tolerance = 1e3 * torch.finfo(parameter.dtype).eps * scale
             if not torch.isfinite(scale) or (got - expected).abs().max() > tolerance:
-                raise NotVectorized(f"a pass over two draws gives another gradient of {name} than two passes")
+                raise NotVectorized(
+                    f"one pass over {draws} draws gives another gradient of {name} than {draws}"
+                )
         largest = max(p.numel() for p in self.parameters.values()) if self.whole else 0
         budget = MEMORY["cuda" if self.device.type == "cuda" else "cpu"]
         fitting = int(budget / (4 * self.held + 3 * largest))
@@ -278,7 +301,7 @@ class _Apart(TorchFunctionMode):
         sampler = getattr(func, "__name__", "")
         if sampler in _SAMPLERS:
             return self._sample(sampler, *args, **kwargs)
-        used = [self.names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.names]
+        used = _used(self.names, args, kwargs)
         if not used or _reads_attribute(func):
             return func(*args, **kwargs)
         if func not in LAYERS:
@@ -345,7 +368,9 @@ class _Apart(TorchFunctionMode):
             candidates = [dim for dim, size in enumerate(shape[:2]) if size == rows]
             if not candidates:
                 raise NotVectorized(f"its noise of shape {tuple(shape)} is not one for each datum")
-            self.noise_dims.append(candidates[-1])
+            if len(candidates) > 1:
+                raise _Ambiguous
+            self.noise_dims += candidates
         dim = self.noise_dims[self.drawn]
         self.drawn += 1
         return dim
@@ -459,6 +484,15 @@ _SAMPLERS: dict[str, Callable[[tuple, dict], list[int]]] = {
     "rand": _shape_of_size,
 }
 _NORMAL = ("normal_", "randn_like", "randn")
+
+
+def _used(names: dict[int, str], args: tuple, kwargs: dict) -> list[str]:
+    """The parameters among a function's arguments, in lists as well."""
+    return [names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in names]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _reads_attribute(func: Callable) -> bool:

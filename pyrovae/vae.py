@@ -135,11 +135,14 @@ class VAE(PyroModule):
 
     def sample(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n C H W"]:
         """The expected images of n draws from the prior; with a seed, the same ones each time."""
+        return self.decode(self.draw(n, seed=seed))
+
+    def draw(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n L"]:
+        """n draws of z from the prior, on the CPU; with a seed, the same ones each time."""
         with contextlib.nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
-            z = self.posterior.prior(torch.zeros(self.latent_dim)).sample((n,))
-        return self.decode(z)
+            return self.posterior.prior(torch.zeros(self.latent_dim)).sample((n,))
 
     def parts(self) -> dict[str, dict[str, slice]]:
         """Its parameters in named groups, the guide's and the decoder: of each parameter, these rows."""

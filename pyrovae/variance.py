@@ -71,13 +71,15 @@ class GradientStats:
             return list(self.parts)
         if group == "encoder" and "encoder" not in self.parts:
             return [name for name in self.parts if name != "decoder"]
+        if group == "decoder" and "decoder" not in self.parts:
+            return []  # a model without parameters
         if group not in self.parts:
             raise ValueError(f"expected a group in all, encoder, {', '.join(self.parts)}, got {group!r}")
         return [group]
 
     def tr_cov(self, group: str = "all") -> float:
         """The trace of the covariance: the sum of all entries' variances."""
-        return sum(self.traces[name] for name in self.members(group))
+        return sum((self.traces[name] for name in self.members(group)), start=0.0)
 
     def interval(self, group: str = "all", level: float = 0.95) -> tuple[float, float]:
         """A confidence interval for `tr_cov`, by a bootstrap over pairs of draws."""
@@ -199,12 +201,13 @@ def gradient_moments(
     if draws < 4:
         raise ValueError(f"expected draws >= 4, got {draws}")
     args = x if isinstance(x, tuple) else (x,)
-    with untouched(model, guide), pyro.validation_enabled(False):
+    with untouched(model, guide):
         parameters, in_guide = parameters_of(model, guide, *args)
         if parts is None:
             parts = {"encoder": dict.fromkeys(sorted(in_guide), slice(None))} | {
                 "decoder": dict.fromkeys(sorted(parameters.keys() - in_guide), slice(None))
             }
+        parts = {group: rows for group, rows in parts.items() if rows}
         for name in {name for members in parts.values() for name in members}:
             if name not in parameters:
                 raise ValueError(f"expected parts made of {', '.join(parameters)}, got {name!r}")
@@ -223,10 +226,11 @@ def gradient_moments(
             block=_block_size(draws),
             whole=elementwise,
         )
-        for numbers, gradient in source(range(draws)):
-            for name, tally in tallies.items():
-                tally.add(gradient(name), numbers)
-            progress(len(numbers))
+        with pyro.validation_enabled(False):
+            for numbers, gradient in source(range(draws)):
+                for name, tally in tallies.items():
+                    tally.add(gradient(name), numbers)
+                progress(len(numbers))
     lost = max((tally.relative_error() for tally in tallies.values()), default=0.0)
     if lost > LARGEST_ERROR:  # the variance is small beside the mean: as a difference of squares it drowns
         return gradient_moments(
@@ -251,6 +255,10 @@ def gradient_moments(
             for group, rows in parts.items()
         },
     )
+
+
+def _over_rows(values: Float[Tensor, "n rows ..."]) -> Float[Tensor, "n rows"]:
+    return values.flatten(2).sum(2) if values.dim() > 2 else values
 
 
 def _block_size(draws: int) -> int:
@@ -293,12 +301,8 @@ class _Tally:
             if self.m2 is not None:
                 self._spread(piece, total / len(piece))
         even, odd = gradients[: len(gradients) // 2 * 2 : 2], gradients[1::2]
-        apart = (even - odd).square_().reshape(len(odd), self.shape[0], -1).sum(2)
-        norms = (
-            None
-            if self.m2 is not None
-            else gradients.square().reshape(len(gradients), self.shape[0], -1).sum(2)
-        )
+        apart = _over_rows((even - odd).square_())
+        norms = _over_rows(gradients.square()) if self.m2 is None else None
         for group, rows in self.rows.items():
             self.apart[group].append(0.5 * apart[:, rows].sum(1, dtype=torch.float64))
             if norms is not None:
@@ -425,7 +429,9 @@ def check_bias(
                     reference[name].to(ours).reshape(stats.block_sums[name].shape[1:])[rows].flatten()[None]
                 )
             else:
-                theirs = _merged(reference.block_means(name, rows), len(ours))
+                theirs = reference.block_means(name, rows)
+                blocks = min(len(ours), len(theirs))
+                ours, theirs = _merged(ours, blocks), _merged(theirs, blocks)
             differences.append(ours - theirs)
             scales.append(theirs.abs().max())
             eps = torch.finfo(stats.block_sums[name].dtype).eps

@@ -16,13 +16,14 @@ FLOORS = [
     {"likelihoods", "networks", "estimators", "data"},
     {"guides", "testbed"},
     {"vae"},
+    {"evidence"},
     {"evaluation", "checkpoints"},
     {"training", "per_draw"},
     {"variance"},
     {"comparison"},
     {"config", "figures"},
-    {"runs"},
-    {"laboratory"},
+    {"runs", "sweep"},
+    {"laboratory", "assessment", "pictures"},
     {"commands"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -18,9 +18,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import pyrovae
-from pyrovae import commands, runs
+from pyrovae import commands, comparison, laboratory, runs, variance
 from pyrovae.checkpoints import read_metrics
 from pyrovae.cli import SUMMARIES, main
+from pyrovae.comparison import every_estimator
 from pyrovae.config import Config
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
@@ -32,7 +33,12 @@ from tests.test_data import BAD_ARRAYS, Bomb
 CHECKOUT = Path(pyrovae.__file__).parents[1]
 TINY = ["--epochs", "2", "--limit", "64/32", "--hidden", "16"]
 COMMANDS = [main.get_command(click.Context(main), name) for name in SUMMARIES]
-OPTIONS = [(command, option) for command in COMMANDS for option in command.params]
+OPTIONS = [
+    (command, option)
+    for command in COMMANDS
+    for option in command.params
+    if isinstance(option, click.Option)  # click has no help for an argument
+]
 
 
 def call(*args: str | Path) -> Result:
@@ -106,16 +112,16 @@ def test_version():
 
 
 def test_summaries_are_those_of_the_commands():
-    assert {command.name: command.help for command in COMMANDS} == SUMMARIES
+    assert {command.name: command.help.split("\n\n")[0] for command in COMMANDS} == SUMMARIES
     defined = {value.name for value in vars(commands).values() if isinstance(value, click.Command)}
     assert defined == set(SUMMARIES)
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda part: part.name)
 def test_every_option_has_help(command, option):
-    text = " ".join(check_works(command.name, "--help").split())
+    text = "".join(check_works(command.name, "--help").split())  # lines break at hyphens, too
     assert option.help
-    assert " ".join(option.help.split()) in text
+    assert "".join(option.help.split()) in text
 
 
 SHORT_FLAGS = {
@@ -131,6 +137,9 @@ SHORT_FLAGS = {
 OTHER_FLAGS = {
     "--network",
     "--guide",
+    "--antithetic",
+    "--alpha",
+    "--recipe",
     "--held-out",
     "--estimator",
     "--lr",
@@ -160,7 +169,7 @@ def test_flags_of_train():
     assert {name: option.opts[1] for name, option in options.items() if option.opts[1:]} == SHORT_FLAGS
     assert options.keys() == SHORT_FLAGS.keys() | OTHER_FLAGS
     assert options["--use-rep"].secondary_opts == ["--no-use-rep"]
-    own = {"out", "resume", "quiet"}
+    own = {"out", "resume", "recipe", "quiet"}
     assert {option.name for option in options.values()} == {field.name for field in fields(Config)} | own
 
 
@@ -308,6 +317,29 @@ def test_a_failed_run_is_one_line_and_exit_code_1():
         ("train --dataset missing.npz", "missing.npz"),
         ("train --resume missing", "missing"),
         ("train --resume missing --out elsewhere", "--out"),
+        ("variance", "RUN"),
+        ("variance missing", "missing"),
+        ("variance missing --fresh", "--fresh"),
+        ("variance --fresh --testbed linear-gaussian", "--testbed"),
+        ("variance --testbed nonsense", "--testbed"),
+        ("variance --testbed linear-gaussian --along", "--along"),
+        ("variance --testbed linear-gaussian --at 1", "--testbed"),
+        ("variance --testbed linear-gaussian --network cnn", "--network"),
+        ("variance --testbed linear-gaussian --draws 8", "--draws"),
+        ("variance --testbed linear-gaussian --draws many", "--draws"),
+        ("variance --testbed linear-gaussian -K 0", "--particles"),
+        ("variance --testbed linear-gaussian -K 1,,2", "--particles"),
+        ("variance --testbed linear-gaussian --estimators nonsense", "--estimators"),
+        ("variance --testbed linear-gaussian --estimators elbo:nonsense", "nonsense"),
+        ("variance --testbed linear-gaussian --estimators disarm", "DisArm"),
+        ("variance --testbed linear-gaussian --estimators renyi --alpha 1", "alpha"),
+        ("variance --testbed linear-gaussian --seed -1", "--seed"),
+        ("variance --fresh --at 1", "--at"),
+        ("variance --fresh --along --at 1,two", "--at"),
+        ("variance --fresh --latent-dim 0", "--latent-dim"),
+        ("variance --fresh --batch-size 0", "--batch-size"),
+        ("variance --fresh --batches -1", "--batches"),
+        ("variance --fresh --dataset missing.npz", "missing.npz"),
     ],
 )
 def test_a_wrong_call_is_one_line(args, naming):
@@ -403,3 +435,182 @@ def test_a_corrupt_config_is_one_line(run, kind):
     changed = BAD_CONFIGS[kind](path.read_text())
     path.write_bytes(changed if isinstance(changed, bytes) else changed.encode())
     check_wrong_call("train", "--resume", run, naming=str(path))
+
+
+# The variance command
+
+FEW = ["--draws", "16", "--particles", "1", "--estimators", "elbo"]
+OF_MODEL = ["--batch-size", "4", "--batches", "2"]
+SMALL = ["--hidden", "8", "--limit", "32/16"]
+
+
+def printed(*args: str | Path) -> str:
+    """What a call that succeeds prints on stdout; progress goes to stderr."""
+    result = call(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def _quickly(monkeypatch):
+    """Results come without figures and with coarse p-values and timings, which take most of the time."""
+    monkeypatch.setattr(laboratory.figures.Figure, "savefig", lambda *args, **kwargs: None)
+    monkeypatch.setattr(variance, "FLIPS", 1000)
+    monkeypatch.setattr(variance, "RESAMPLES", 200)
+    monkeypatch.setattr(comparison, "TIMINGS", 1)
+    variance._signs.cache_clear()
+    yield
+    variance._signs.cache_clear()
+
+
+def test_variance_on_a_test_bed_leaves_three_files_and_prints_the_truth():
+    text = printed("variance", "--testbed", "linear-gaussian", "--draws", "64", "-K", "1,2", *FEW[4:])
+    assert {path.name for path in Path("runs/variance-1").iterdir()} == {
+        "variance.json",
+        "variance.csv",
+        "variance.png",
+    }
+    lines = text.splitlines()
+    assert lines[0].startswith("LinearGaussian(x=1.0, ")
+    first = next(line for line in lines if line.startswith("elbo"))
+    assert "(7.99)" in first  # 2.66667 + 3.66222 in phi and 1.66 in theta: tr Cov
+    assert "runs/variance-1" in lines[-1]
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_a_test_bed_has_defaults_of_its_own(monkeypatch):
+    asked = []
+
+    def of_testbed(measurement, case):
+        asked.append(measurement)
+        raise ValueError("expected nothing more")
+
+    monkeypatch.setattr(laboratory.Measurement, "of_testbed", of_testbed)
+    check_wrong_call("variance", "--testbed", "linear-gaussian")
+    check_wrong_call("variance", "--testbed", "linear-gaussian", "--draws", "32", "-K", "3")
+    check_wrong_call("variance", "--testbed", "linear-gaussian", "--estimators", "all", "--seed", "4")
+    assert [(m.particles, m.draws) for m in asked] == [((1, 2, 4), 4096), ((3,), 32), ((1, 2, 4), 4096)]
+    assert asked[2].estimators == tuple(every_estimator())
+    assert asked[0].estimators == laboratory.Measurement().estimators
+    assert [m.seed for m in asked] == [0, 0, 4]
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_of_a_run_stays_in_it_and_counts_up(run):
+    first = check_works("variance", run, *FEW, *OF_MODEL, "--quiet")
+    second = check_works("variance", run, *FEW, *OF_MODEL, "--quiet", "--seed", "1")
+    assert (first, second) == (f"{run}/variance-1\n", f"{run}/variance-2\n")
+    records = [json.loads((run / f"variance-{n}" / "variance.json").read_text())["settings"] for n in (1, 2)]
+    assert [record["seed"] for record in records] == [0, 1]
+    for record in records:
+        assert (record["run"], record["draws"], record["batch_size"]) == (str(run), 16, 4)
+        assert record["epoch"] in (1, 2)
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_prints_the_json_that_it_leaves(run):
+    text = check_works(
+        "variance",
+        run,
+        *FEW[:2],
+        *OF_MODEL,
+        "-K",
+        "1,2",
+        "--estimators",
+        "elbo,dreg",
+        "--json",
+        "-o",
+        "elsewhere",
+    )
+    assert text == Path("elsewhere/variance.json").read_text()
+    contents = json.loads(text)
+    assert [(row["estimator"], row["particles"]) for row in contents["rows"]] == [
+        ("elbo", 1),
+        ("elbo", 2),
+        ("dreg", 1),
+        ("dreg", 2),
+        ("iwae", 1),
+        ("iwae", 2),
+    ]
+    assert contents["between_batches"]["batches"] == 2
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_of_a_fresh_model_takes_train_options():
+    args = ["--guide", "bernoulli-code", "--latent-dim", "3", "--likelihood", "gaussian", "--c", "0.1"]
+    text = check_works(
+        "variance", "--fresh", *SMALL, *args, *OF_MODEL, "--draws", "16", "-K", "2", "--estimators", "rloo,elbo"
+    )
+    assert text.startswith(
+        "digits, gaussian, bernoulli-code, 3 latent dimensions after epoch 0; one batch of 4"
+    )
+    assert "not measured: elbo: expected a reparameterized sampler" in text
+    assert {row["estimator"] for row in written(Path("runs/variance-1"))["rows"]} == {"rloo", "elbo:score"}
+
+
+def written(directory: Path) -> dict:
+    return json.loads((directory / "variance.json").read_text())
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_along_a_fresh_run():
+    text = printed("variance", "--fresh", *SMALL, *OF_MODEL, *FEW, "--along", "--at", "0,1")
+    assert [line[:40] for line in text.splitlines() if line.startswith("digits")] == [
+        "digits, bernoulli, mean-field, 2 latent "
+    ] * 2
+    assert list(written(Path("runs/variance-1"))) == ["0", "1"]
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_along_a_run_ends_where_the_run_did(run):
+    contents = json.loads(printed("variance", run, *FEW, *OF_MODEL, "--along", "--json"))
+    assert contents == written(run / "variance-1")
+    assert list(contents) == ["0", "1", "2"]
+    assert contents["2"]["settings"]["model_seed"] == runs.read_config(run)[0].seed
+
+
+@pytest.mark.parametrize(
+    ("args", "naming"),
+    [
+        ("--fresh", "--fresh"),
+        ("--testbed linear-gaussian", "--testbed"),
+        ("--latent-dim 3", "--latent-dim"),
+        ("--dataset mnist", "--dataset"),
+        ("--at 1", "--at"),
+        ("--draws 15", "--draws"),
+        ("--particles 0", "--particles"),
+        ("--batch-size 0", "--batch-size"),
+        ("--estimators nonsense", "--estimators"),
+        ("--estimators disarm --draws 16", "DisArm"),
+        ("--estimators vimco --particles 1", "num_particles"),
+        pytest.param("--along --at -1", "--at"),
+        pytest.param(
+            "--draws 16 -K 1 --estimators elbo --out taken",
+            "taken",
+        ),
+    ],
+)
+def test_a_wrong_call_of_variance_is_one_line(run, monkeypatch, args, naming):
+    """And is found before anything is measured."""
+    Path("taken").mkdir()
+    Path("taken/file").write_text("kept")
+    monkeypatch.setattr(comparison, "gradient_moments", never)
+    check_wrong_call("variance", run, *args.split(), naming=naming)
+
+
+def never(*args, **settings):
+    raise AssertionError("measured in vain")
+
+
+@pytest.mark.usefixtures("_quickly")
+def test_variance_of_a_run_takes_its_data_from_where_it_is_told(run, monkeypatch):
+    seen = []
+
+    def make_dataset(config):
+        seen.append(config.data_dir)
+        raise ValueError("expected nothing more")
+
+    monkeypatch.setattr(Config, "make_dataset", make_dataset)
+    check_wrong_call("variance", run, *FEW, "--data-dir", "somewhere")
+    check_wrong_call("variance", run, *FEW, "--data-dir", "somewhere", "--along")
+    assert seen == [str(Path("somewhere").resolve())] * 2

@@ -8,11 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from pyrovae import figures
+from pyrovae.comparison import Row
 from pyrovae.vae import prior_grid
+from tests.test_comparison import make_row
 
 TERMS = ("elbo", "reconstruction", "kl")
 
@@ -37,11 +40,16 @@ FIGURES = {
     "manifold, one point": lambda: figures.manifold(torch.rand(1, 1, 3, 8, 20), [0.5]),
     "latent cloud": lambda: figures.latent_cloud(torch.randn(50, 2), torch.arange(50) % 10),
     "latent cloud, no labels": lambda: figures.latent_cloud(torch.randn(50, 2), None),
+    "variance": lambda: figures.variance(measured(), SLOPES, "title"),
+    "variance, one row": lambda: figures.variance([make_row()], {}),
+    "variance, none": lambda: figures.variance(measured()[-1:], {}),
+    "variance over training": lambda: over_training(),
+    "variance over training, one epoch": lambda: figures.variance_over_training({0: [make_row()]}),
     "latent cloud, one point": lambda: figures.latent_cloud(
         torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
     ),
 }
-over_figures = pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES.keys())
+over_figures = pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
 
 
 @over_figures
@@ -204,3 +212,139 @@ def test_curves_bear_a_run_that_diverged(value):
     rows = history(20)
     rows[-1] |= {key: value for key in rows[-1] if key != "epoch"}
     figures.curves(rows).savefig(io.BytesIO(), dpi=40)
+
+
+# Variance
+
+
+def measured(epoch: int = 0) -> list[Row]:
+    """Three estimators at K of 1, 4 and 16, the third without variance and with one particle only."""
+    rows = []
+    for rank, label in enumerate(("elbo", "iwae")):
+        for k in (1, 4, 16):
+            tr_cov = (1 + rank) * (1 + epoch) / k
+            rows.append(
+                make_row(
+                    estimator=label,
+                    particles=k,
+                    tr_cov=tr_cov,
+                    tr_cov_interval=(0.8 * tr_cov, 1.3 * tr_cov),
+                    snr_encoder=0.5 * k**-0.5 if rank else 0.02,
+                    snr_decoder=0.5 * k**0.5,
+                    work=tr_cov * 1e-3 * k,
+                    by_parameter={"a.weight": 0.9 * tr_cov, "a.bias": 0.1 * tr_cov, "b.weight": 0.0},
+                )
+            )
+    nothing = {"a.weight": 0.0, "a.bias": 0.0, "b.weight": 0.0}
+    exact = {"tr_cov": 0.0, "tr_cov_interval": (0.0, 0.0), "work": 0.0, "by_parameter": nothing}
+    return [*rows, make_row(estimator="enumerate", snr_encoder=math.inf, snr_decoder=math.inf, **exact)]
+
+
+SLOPES = {"elbo": {"decoder": 0.5}, "iwae": {"encoder": -0.5, "decoder": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def panels() -> dict[str, Axes]:
+    """The axes of the figure, by what they show; not to be changed."""
+    names = ("variance", "work", "encoder", "decoder", "layers", "legend", "colours")
+    return dict(zip(names, figures.variance(measured(), SLOPES, "a title").axes, strict=True))
+
+
+def labels_of(ticks) -> list[str]:
+    return [tick.get_text() for tick in ticks]
+
+
+def test_variance_has_a_panel_for_each_question(panels):
+    assert panels["variance"].figure.get_suptitle() == "a title"
+    for name in ("variance", "encoder", "decoder"):
+        axes = panels[name]
+        assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+        assert axes.get_xlabel() == "particles K"
+        assert list(axes.get_xticks()) == [1, 4, 16]
+        assert labels_of(axes.get_xticklabels()) == ["1", "4", "16"]
+    assert "tr Cov" in panels["variance"].get_title()
+    assert panels["work"].get_xscale() == "log"
+    assert "seconds" in panels["work"].get_xlabel()
+    assert not panels["legend"].axison
+
+
+def test_variance_shows_every_trace_with_its_interval(panels):
+    axes = panels["variance"]
+    assert [line.get_label() for line in axes.lines] == ["elbo", "iwae", "enumerate"]
+    assert len(axes.lines[2].get_xydata()) == 0  # none is no point on a logarithmic scale
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [(1, 2), (4, 0.5), (16, 0.125)])
+    low, high = axes.collections[1].get_paths()[0].get_extents().intervaly
+    assert (low, high) == (pytest.approx(0.8 * 0.125), pytest.approx(1.3 * 2))
+    assert labels_of(panels["legend"].get_legend().get_texts()) == ["elbo", "iwae", "enumerate"]
+
+
+def test_variance_shows_signal_to_noise_with_its_slopes_and_floor(panels):
+    axes = panels["encoder"]
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [(1, 0.5), (4, 0.25), (16, 0.125)])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), 0.02)
+    texts = labels_of(axes.get_legend().get_texts())
+    assert texts == ["iwae: slope -0.50", "below the noise floor"]
+    (floor,) = axes.patches
+    assert floor.get_extents().transformed(axes.transData.inverted()).intervaly == pytest.approx((0.01, 0.1))
+    assert "elbo: slope +0.50" in labels_of(panels["decoder"].get_legend().get_texts())
+
+
+def test_variance_shows_where_noise_lies(panels):
+    """A row for each estimator, a column for each parameter, at the K of which there are most."""
+    axes = panels["layers"]
+    assert axes.get_title().endswith("K = 1")
+    assert labels_of(axes.get_xticklabels()) == ["a.weight", "a.bias", "b.weight"]
+    assert labels_of(axes.get_yticklabels()) == ["elbo", "iwae", "enumerate"]
+    (image,) = axes.images
+    assert image.get_array().shape == (3, 3)
+    assert image.get_array()[1, 0] == pytest.approx(math.log10(0.9 * 2))
+    assert np.isnan(np.ma.filled(image.get_array(), np.nan)[2]).all()
+
+
+def test_variance_shows_what_precision_costs(panels):
+    """A bar for each estimator and K, from top to bottom."""
+    bars = panels["work"].patches
+    assert [bar.get_width() for bar in bars] == pytest.approx([1e-3] * 3 + [2e-3] * 3)
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in bars]
+    assert middles == sorted(middles)
+    assert [round(middle) for middle in middles] == [0, 0, 0, 1, 1, 1]
+    assert labels_of(panels["work"].get_yticklabels()) == ["elbo", "iwae", "enumerate"]
+    assert panels["work"].yaxis_inverted()
+
+
+def test_an_estimator_has_one_colour_throughout(panels):
+    for rank in (0, 1):
+        colours = {to_rgba(panels[name].lines[rank].get_color()) for name in ("variance", "encoder", "decoder")}
+        bars = [bar for bar in panels["work"].patches if round(bar.get_y() + bar.get_height() / 2) == rank]
+        assert colours == {to_rgba(bar.get_facecolor(), alpha=1) for bar in bars}
+        assert len(colours) == 1
+
+
+def over_training() -> Figure:
+    return figures.variance_over_training({epoch: measured(epoch) for epoch in (0, 1, 100)}, "a title")
+
+
+def test_variance_over_training_has_a_panel_for_each_number_of_particles():
+    figure = over_training()
+    assert [axes.get_title() for axes in figure.axes] == ["K = 1", "K = 4", "K = 16"]
+    assert figure.get_suptitle() == "a title"
+    for rank, axes in enumerate(figure.axes):
+        k = 4**rank
+        assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("symlog", "log", "epoch")
+        assert labels_of(axes.get_xticklabels()) == ["0", "1", "100"]
+        expected = [(0, 2 / k), (1, 4 / k), (100, 202 / k)]
+        np.testing.assert_allclose(axes.lines[1].get_xydata(), expected)
+    assert [line.get_label() for line in figure.axes[1].lines] == ["elbo", "iwae"]
+    assert "tr Cov" in figure.axes[0].get_ylabel()
+    assert set(labels_of(figure.legends[0].get_texts())) == {"elbo", "iwae", "enumerate"}
+
+
+def test_variance_over_training_bears_an_epoch_that_lacks_an_estimator():
+    """As during a warm-up of the KL, which importance weights do not stand."""
+    rows = {0: measured(0), 1: [row for row in measured(1) if row.estimator != "iwae"]}
+    axes = figures.variance_over_training(rows).axes[0]
+    assert {line.get_label(): len(line.get_xdata()) for line in axes.lines} == {
+        "elbo": 2,
+        "iwae": 1,
+        "enumerate": 2,
+    }

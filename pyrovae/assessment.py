@@ -1,0 +1,403 @@
+"""The verdict on a trained run: its test images' evidence, what its latents hold, as JSON and as a table."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from pyrovae.checkpoints import load_checkpoint, write_atomically
+from pyrovae.data import Dataset, Images
+from pyrovae.evaluation import (
+    ACTIVE,
+    NEIGHBOURS,
+    Probes,
+    bits_per_dim,
+    kl_per_image,
+    latent_means,
+    probe,
+    variance_of_means,
+    without_constant,
+)
+from pyrovae.evidence import Evidence, Progress, annealed, importance_weighted, naive, seeded
+from pyrovae.runs import VERSIONS, RunError, load, read_config
+from pyrovae.vae import VAE
+
+MADE_WITH = (*VERSIONS, "scikit-learn")
+PROBED = 10_000  # training latents that the probes are fitted on, at most
+ENCODED = 1000  # images at a time
+FEW = 0.5  # a smaller fraction of active units is called a partial collapse
+POOR = 10  # an effective sample size below which log p(x) by importance sampling is not to be trusted
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over images, and its standard error over the choice of images: None for a single one."""
+
+    mean: float
+    standard_error: float | None
+
+    @classmethod
+    def of(cls, values: Float[Tensor, " N"]) -> "Average":
+        """Of one value per image."""
+        error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(values.mean().item(), error)
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """An estimate of log p(x), in nats per image.
+
+    Attributes:
+        error: The standard error that one image's estimate has from its particles, averaged.
+        effective_sample_size: Of the particles or chains, averaged.
+        least_effective_sample_size: That of the worst image.
+    """
+
+    log_evidence: Average
+    error: float
+    effective_sample_size: float
+    least_effective_sample_size: float
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> "Weighing":
+        """The averages of an estimate."""
+        effective = evidence.effective_sample_size
+        numbers = evidence.error.mean(), effective.mean(), effective.min()
+        return cls(Average.of(evidence.log_evidence), *(number.item() for number in numbers))
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Annealed importance sampling of the first images, and the other estimates of the same images."""
+
+    annealed: Weighing
+    importance_weighted: Average
+    naive: Average
+    elbo: Average
+
+    @classmethod
+    def of(
+        cls, tight: Evidence, weighted: Evidence, unguided: Evidence, elbo: Float[Tensor, " N"]
+    ) -> "Annealing":
+        """Of the images that `tight` is of, which are the first of the others."""
+        others = weighted.log_evidence, unguided.log_evidence, elbo
+        return cls(Weighing.of(tight), *(Average.of(each[: len(tight.log_evidence)]) for each in others))
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How the latent dimensions are used.
+
+    Attributes:
+        active: How many have a variance above ACTIVE; None for a single image.
+        variance_of_means: Var_x(E_q[z]) per dimension.
+        kl: Per dimension, nats per image; None where it is no sum over dimensions.
+        probes: Accuracies of classifiers, or why there are none.
+    """
+
+    active: int | None
+    variance_of_means: list[float] | None
+    kl: list[float] | None
+    probes: Probes | str
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """All that `Examination` finds; nats are per image.
+
+    Attributes:
+        kl: In closed form where there is one.
+        bits_per_dim: At most so many, from log p(x) by importance sampling; None where pixels are
+            not discrete.
+        without_constant: SSE/(2c) + KL for a Gaussian of fixed c, else None.
+        annealing: Of the first `ais` images only; None if it was not asked for.
+        notes: What the reader is to be warned of.
+    """
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    elbo: Average
+    reconstruction: Average
+    kl: Average
+    without_constant: float | None
+    importance_weighted: Weighing
+    naive: Weighing
+    annealing: Annealing | None
+    bits_per_dim: float | None
+    latents: Latents
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What to find out about a VAE on its test images, and how well.
+
+    Attributes:
+        particles: K, of importance sampling and of the prior estimate.
+        ais: So many images get annealed importance sampling as well, with ais_steps and ais_chains.
+        limit: The first so many test images only.
+        batch_size: Decoded images at a time; what keeps memory small if None.
+        seed: Of stochastic binarization and all noise.
+        quiet: No progress bar.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> from pyrovae import Config, train
+        >>> run, _ = train(Config(epochs=1, limit=(64, 32)), out="runs/examined")
+        >>> found = Examination(particles=10, limit=20).of_run(run)
+        >>> found.elbo.mean < found.importance_weighted.log_evidence.mean < 0
+        True
+    """
+
+    particles: int = 1000
+    ais: int = 0
+    ais_steps: int = 1000
+    ais_chains: int = 16
+    limit: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    quiet: bool = True
+
+    def __post_init__(self):
+        for name in ("particles", "ais_steps", "ais_chains", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}")
+        if self.ais < 0:
+            raise ValueError(f"expected ais >= 0, got {self.ais}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
+
+    def of_run(
+        self,
+        run: str | Path,
+        *,
+        which: str = "best",
+        device: torch.device | str = "cpu",
+        data_dir: str | None = None,
+    ) -> Assessment:
+        """Of a run's best parameters or its last, on the test set of its data.
+
+        Args:
+            data_dir: Where its data now lie; as the run has it if None.
+
+        Raises:
+            RunError: The directory is no run, or its data have changed.
+            CheckpointError: The checkpoint is missing, damaged or of another run.
+        """
+        config, described = read_config(Path(run))
+        vae = load(run, which=which, device=device)
+        if data_dir is not None:
+            config = dataclasses.replace(config, data_dir=data_dir)
+        dataset = config.make_dataset()
+        if dataset.checksum != described["checksum"]:
+            raise RunError(f"expected the data that {run} was trained on, got others from {config.dataset}")
+        names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
+        of_config = {name: getattr(config, name) for name in names} | {"model_seed": config.seed}
+        of_run = {"run": str(run), "which": which, "epoch": _epoch(Path(run), which)}
+        return self.of_vae(vae, dataset, of_run | of_config)
+
+    def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Assessment:
+        """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is."""
+        images = dataset.test[: self.limit]
+        x, pixels = self._observe(vae, images), math.prod(images.shape)
+        weighted, unguided, tight = self._weigh(vae, x)
+        kl_per_dim = kl_per_image(vae, x, batch_size=ENCODED, seed=self.seed)
+        kl = weighted.log_lik - weighted.bound if kl_per_dim is None else kl_per_dim.sum(-1)
+        elbo = weighted.log_lik - kl
+        found = Assessment(
+            settings=(settings or {}) | self._settings(vae, len(images)),
+            versions={"python": platform.python_version()} | {name: version(name) for name in MADE_WITH},
+            elbo=Average.of(elbo),
+            reconstruction=Average.of(weighted.log_lik),
+            kl=Average.of(kl),
+            without_constant=_without_constant(vae, elbo.mean().item(), pixels),
+            importance_weighted=Weighing.of(weighted),
+            naive=Weighing.of(unguided),
+            annealing=tight and Annealing.of(tight, weighted, unguided, elbo),
+            bits_per_dim=bits_per_dim(vae.likelihood, weighted.log_evidence.mean().item(), pixels),
+            latents=self._latents(vae, x, kl_per_dim, images, dataset.train),
+            notes=[],
+        )
+        return dataclasses.replace(found, notes=_warnings(vae, found))
+
+    def _weigh(self, vae: VAE, x: Tensor) -> tuple[Evidence, Evidence, Evidence | None]:
+        with self._progress() as progress:
+            noise = {"seed": self.seed, "batch_size": self.batch_size, "progress": progress}
+            chains = {"steps": self.ais_steps, "chains": self.ais_chains}
+            # First, for it alone may be refused.
+            tight = annealed(vae, x[: self.ais], **chains, **noise) if self.ais else None
+            weighted, unguided = (
+                estimate(vae, x, particles=self.particles, **noise) for estimate in (importance_weighted, naive)
+            )
+        return weighted, unguided, tight
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Progress]:
+        interval = 0.2 if os.isatty(2) else 10
+        with tqdm(disable=self.quiet, dynamic_ncols=True, mininterval=interval, delay=0.5) as bar:
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.total = total
+                bar.set_description(what, refresh=False)
+                bar.update(done - bar.n)
+
+            yield progress
+
+    def _settings(self, vae: VAE, images: int) -> dict[str, Any]:
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name != "quiet"}
+        device, dtype = str(vae.zeros.device), str(vae.zeros.dtype).removeprefix("torch.")
+        return own | {"images": images, "ais": min(self.ais, images), "device": device, "dtype": dtype}
+
+    def _observe(self, vae: VAE, images: Images) -> Tensor:
+        with seeded(self.seed, vae.zeros.device):
+            return vae.likelihood.observe(images.pixels.flatten(1).to(vae.zeros))
+
+    def _latents(
+        self,
+        vae: VAE,
+        x: Tensor,
+        kl_per_dim: Float[Tensor, "N L"] | None,
+        images: Images,
+        train: Images,
+    ) -> Latents:
+        means = latent_means(vae, x, batch_size=ENCODED)
+        variances = variance_of_means(means)
+        generator = torch.Generator().manual_seed(self.seed)
+        train = train[torch.randperm(len(train), generator=generator)[:PROBED]]
+        fitted = latent_means(vae, self._observe(vae, train), batch_size=ENCODED)
+        return Latents(
+            active=None if variances is None else int((variances > ACTIVE).sum()),
+            variance_of_means=None if variances is None else variances.tolist(),
+            kl=None if kl_per_dim is None else kl_per_dim.mean(0).tolist(),
+            probes=probe(fitted, train.labels, means, images.labels),
+        )
+
+
+def _without_constant(vae: VAE, elbo: float, pixels: int) -> float | None:
+    """None also where the likelihood has no such constant."""
+    return without_constant(vae.likelihood, elbo, pixels) if vae.likelihood.log_constant(pixels) else None
+
+
+def _epoch(run: Path, which: str) -> int:
+    if which == "best":
+        return load_checkpoint(run / "best.pt", "cpu")["epoch"]
+    return load_checkpoint(run / "checkpoint.pt", "cpu")["progress"]["epoch"]
+
+
+def _warnings(vae: VAE, found: Assessment) -> list[str]:
+    notes, active, weighing = [], found.latents.active, found.importance_weighted
+    particles = found.settings["particles"]
+    if not vae.likelihood.normalised:
+        notes.append("a pseudo-likelihood, which is not normalised: no number here is one of log p(x)")
+    if active == 0:
+        notes.append("posterior collapse: no latent dimension is active, so that z says nothing of x")
+    elif active is not None and active < FEW * vae.latent_dim:
+        notes.append(f"posterior collapse in part: {vae.latent_dim - active} latent dimensions are not active")
+    if weighing.least_effective_sample_size < min(POOR, particles):
+        notes.append(
+            f"uneven importance weights: the worst image has {weighing.least_effective_sample_size:.1f} "
+            f"effective particles of {particles:,}, so that its log p(x) is likely too low"
+        )
+    return notes
+
+
+def write(run: Path, found: Assessment) -> Path:
+    """`evaluation.json` in the run; gives its path."""
+    path = run / "evaluation.json"
+    write_atomically(path, json.dumps(found.to_json(), indent=2) + "\n")
+    return path
+
+
+def table(found: Assessment) -> str:
+    """The assessment as text."""
+    s, rows = found.settings, _rows(found)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [_title(s)]
+    for name, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join([*lines, *_remarks(found), *(f"warning: {note}" for note in found.notes)])
+
+
+def _title(s: dict[str, Any]) -> str:
+    model = ""
+    if "run" in s:
+        model = (
+            f" of {s['dataset']}, {s['likelihood']}, {s['guide']}, {s['latent_dim']} latent dimensions, "
+            f"{s['which']} parameters (epoch {s['epoch']})"
+        )
+    images = f"{s['images']:,} test image{'s' if s['images'] > 1 else ''}"
+    return f"{images}{model}; K {s['particles']:,}, seed {s['seed']}, {s['device']}, {s['dtype']}"
+
+
+def _rows(found: Assessment) -> list[list[str]]:
+    """The table's cells: name, mean, standard error, effective sample size, its least."""
+
+    def row(name: str, average: Average, weighing: Weighing | None = None) -> list[str]:
+        error = "" if average.standard_error is None else f"{average.standard_error:.2f}"
+        sizes = weighing and (weighing.effective_sample_size, weighing.least_effective_sample_size)
+        return [name, f"{average.mean:.2f}", error, *(f"{size:,.1f}" for size in sizes or ()), *[""] * 2][:5]
+
+    weighted, unguided, tight = found.importance_weighted, found.naive, found.annealing
+    rows = [
+        ["nats per image", "mean", "std. error", "ESS", "least"],
+        row("reconstruction, E_q[log p(x|z)]", found.reconstruction),
+        row("KL(q(z|x) || p(z))", found.kl),
+        row("ELBO", found.elbo),
+        row("log p(x), importance sampling", weighted.log_evidence, weighted),
+        row("log p(x), prior samples", unguided.log_evidence, unguided),
+    ]
+    if tight:
+        rows += [
+            [f"the first {found.settings['ais']} images:", *[""] * 4],
+            row("  ELBO", tight.elbo),
+            row("  log p(x), importance sampling", tight.importance_weighted),
+            row("  log p(x), prior samples", tight.naive),
+            row("  log p(x), annealed", tight.annealed.log_evidence, tight.annealed),
+        ]
+    return rows
+
+
+def _remarks(found: Assessment) -> list[str]:
+    latents, s, lines = found.latents, found.settings, []
+    if found.without_constant is not None:
+        lines.append(f"SSE/(2c) + KL: {found.without_constant:.2f} nats per image")
+    if found.bits_per_dim is not None:
+        lines.append(f"bits per dimension: at most {found.bits_per_dim:.4f}")
+    if latents.active is not None:
+        total = len(latents.variance_of_means)
+        lines.append(f"active units: {latents.active} of {total}, where Var_x(E_q[z]) > {ACTIVE}")
+    if latents.kl is not None:
+        lines.append(f"KL per latent dimension, nats: {' '.join(f'{kl:.2f}' for kl in latents.kl)}")
+    if isinstance(latents.probes, Probes):
+        lines.append(
+            f"classes from latents: linear probe {latents.probes.linear:.1%}, {NEIGHBOURS} nearest neighbours "
+            f"{latents.probes.neighbours:.1%} (fitted on {latents.probes.train:,} training images)"
+        )
+    else:
+        lines.append(f"classes from latents: not measured, {latents.probes}")
+    if found.annealing:
+        lines.append(
+            f"annealed: {s['ais_chains']} chains of {s['ais_steps']:,} steps; error of one image's log p(x) "
+            f"{found.annealing.annealed.error:.2f} nats"
+        )
+    return lines

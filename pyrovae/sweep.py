@@ -1,0 +1,291 @@
+"""Grids of training runs: one run directory for each cell, continued after a kill, summed up in a table.
+
+sweep.json      the cells: what each sets, beside what they share
+cells/          each cell's settings as a recipe, and what its process printed
+<cell>/         its run directory
+results.csv     the table: mean and spread over seeds; results.md the same for reading
+curves.png      validation ELBO of all runs over epochs
+"""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, write_atomically
+from pyrovae.config import Config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Settings = dict[str, Any]
+METRICS = {
+    "loss_without_constant": "final training loss, SSE/(2c) + KL",
+    "elbo": "final training ELBO",
+    "validation_elbo": "best validation ELBO",
+}  # columns of the table, in nats per image
+
+
+class SweepError(ValueError):
+    """A recipe or a sweep's directory is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment: settings that its cells share, and those of each cell.
+
+    Attributes:
+        cells: For each cell, what it sets beyond `shared`.
+        shared: Settings of all cells.
+        description: What the experiment is.
+
+    Raises:
+        SweepError: A cell's settings are no Config.
+    """
+
+    cells: tuple[Settings, ...]
+    shared: Settings
+    description: str = ""
+
+    def __post_init__(self):
+        for cell in self.cells:
+            try:
+                self.config(cell)
+            except ValueError as error:
+                raise SweepError(f"{error} in the cell {name_of(cell) or 'of a recipe'}") from None
+
+    def config(self, cell: Settings) -> Config:
+        """A cell's settings as a whole."""
+        return Config.from_json(_typed(self.shared | cell))
+
+
+def grid(over: Mapping[str, Sequence[Any]], variants: Sequence[Settings] = ({},)) -> tuple[Settings, ...]:
+    """Every combination of values, for each variant."""
+    products = itertools.product(*over.values())
+    combinations = [dict(zip(over, values, strict=True)) for values in products]
+    return tuple(variant | combination for variant in variants for combination in combinations)
+
+
+def without_repeats(cells: Sequence[Settings], settings: Settings) -> tuple[Settings, ...]:
+    """The cells without these settings, each once."""
+    left = [{name: value for name, value in cell.items() if name not in settings} for cell in cells]
+    return tuple(cell for i, cell in enumerate(left) if cell not in left[:i])
+
+
+def read_recipe(name: str) -> Recipe:
+    """A recipe by its name in pyrovae/recipes, or by the path of a TOML file.
+
+    `[train]` has the settings that all runs share; `[over]` lists of values, every combination of
+    which is a cell; each `[[variants]]` further settings of a set of cells.
+
+    Raises:
+        SweepError: There is no such recipe, or it is not one.
+    """
+    path = Path(name) if name.endswith(".toml") else files("pyrovae") / "recipes" / f"{name}.toml"
+    try:
+        contents = tomllib.loads(path.read_text())
+    except OSError:
+        raise SweepError(f"expected recipe in {', '.join(recipes())} or a .toml file, got {name!r}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(f"expected recipe in TOML at {name}, got: {error}") from None
+    unknown = contents.keys() - {"description", "train", "over", "variants"}
+    if unknown:
+        raise SweepError(
+            f"expected recipe with description, train, over and variants, got {sorted(unknown)[0]}"
+        )
+    cells = grid(contents.get("over", {}), contents.get("variants", [{}]))
+    return Recipe(cells, contents.get("train", {}), contents.get("description", ""))
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in (files("pyrovae") / "recipes").iterdir())
+
+
+def name_of(cell: Settings) -> str:
+    """A cell's directory: what it sets."""
+    text = "_".join(f"{name}-{_text(value)}" for name, value in cell.items())
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A directory in which the cells of a recipe are run.
+
+    Raises:
+        SweepError: The directory has other files, or another sweep.
+    """
+
+    directory: Path
+    recipe: Recipe
+
+    def __post_init__(self):
+        contents = {"shared": self.recipe.shared, "cells": list(self.recipe.cells)}
+        path = self.directory / "sweep.json"
+        if path.exists():
+            if json.loads(path.read_text()) != json.loads(json.dumps(contents)):
+                raise SweepError(
+                    f"expected out to be new or of the same sweep, got {self.directory} of another"
+                )
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            raise SweepError(
+                f"expected out to be a new or empty directory, got {self.directory}, which has files"
+            )
+        else:
+            (self.directory / "cells").mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(contents, indent=2) + "\n")
+
+    def run(
+        self, jobs: int = 1, report: Callable[[str, str], Any] = lambda cell, outcome: None
+    ) -> dict[str, str]:
+        """Runs, continues or skips each cell, in so many processes; one that fails does not stop the rest.
+
+        Args:
+            report: Called with a cell's name and "finished", "skipped" or why it failed.
+
+        Returns:
+            Why cells failed, by name.
+        """
+        failed = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            running = {name_of(cell): pool.submit(self._run_cell, cell) for cell in self.recipe.cells}
+            try:
+                for name, future in running.items():
+                    outcome = future.result()
+                    report(name, outcome)
+                    if outcome not in ("finished", "skipped"):
+                        failed[name] = outcome
+            except KeyboardInterrupt:  # the runs were sent it as well, and save themselves
+                pool.shutdown(cancel_futures=True)
+                raise
+        return failed
+
+    def _run_cell(self, cell: Settings) -> str:
+        name = name_of(cell)
+        run, recipe = self.directory / name, self.directory / "cells" / f"{name}.toml"
+        state = _state(run)
+        if state == "finished":
+            return "skipped"
+        if state == "unfinished":
+            arguments = ["--resume", str(run)]
+        elif state:
+            return state
+        else:
+            if run.exists() and {path.name for path in run.iterdir()} <= {"config.json", "figures"}:
+                shutil.rmtree(run)  # killed before there was anything to continue
+            write_atomically(recipe, _toml(self.recipe.shared | cell))
+            arguments = ["--recipe", str(recipe), "--out", str(run)]
+        with open(self.directory / "cells" / f"{name}.log", "a") as log:
+            command = [sys.executable, "-m", "pyrovae", "train", *arguments, "--quiet"]
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        if code > 128:
+            return f"stopped by {signal.Signals(code - 128).name}"
+        lines = (self.directory / "cells" / f"{name}.log").read_text().strip().splitlines()
+        return "finished" if code == 0 else (lines or ["exit without a word"])[-1].removeprefix("Error: ")
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each cell but for its seed: its settings, the number of seeds, mean and spread of metrics.
+
+        Only finished cells count. The spread is the standard deviation, None for one seed.
+        """
+        groups: dict[str, tuple[Settings, list[Settings]]] = {}
+        for cell in self.recipe.cells:
+            run = self.directory / name_of(cell)
+            if _state(run) == "finished":
+                settings = {name: value for name, value in cell.items() if name != "seed"}
+                groups.setdefault(name_of(settings), (settings, []))[1].append(_metrics(run))
+        rows = []
+        for settings, found in groups.values():
+            row = {name: _text(value) for name, value in settings.items()} | {"seeds": len(found)}
+            for metric in METRICS:
+                values = [one[metric] for one in found if one[metric] is not None]
+                row[metric] = statistics.mean(values) if values else None
+                row[f"{metric}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+            rows.append(row)
+        return rows
+
+    def histories(self) -> dict[str, list[dict]]:
+        """The metrics of every run that has any, by cell."""
+        found = {name_of(cell): read_metrics(self.directory / name_of(cell)) for cell in self.recipe.cells}
+        return {name: rows for name, rows in found.items() if rows}
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table with a line of names."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for reading: mean, and the spread over seeds behind it, in nats per image."""
+    shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
+    plain = [
+        n for n in dict.fromkeys(n for row in rows for n in row) if n.removesuffix("_spread") not in METRICS
+    ]
+    lines = [[*plain, *(METRICS[metric] for metric in shown)]]
+    for row in rows:
+        cells = [str(row.get(name, "")) for name in plain]
+        for metric in shown:
+            mean, spread = row[metric], row[f"{metric}_spread"]
+            cells.append(
+                "" if mean is None else f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
+            )
+        lines.append(cells)
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _state(run: Path) -> str:
+    """ "finished", "unfinished", "" where there is nothing to continue, or what is wrong with it."""
+    if not (run / "checkpoint.pt").exists():
+        return ""
+    try:
+        progress = load_checkpoint(run / "checkpoint.pt", "cpu")["progress"]
+    except CheckpointError as error:
+        return str(error)
+    return "finished" if progress["finished"] else "unfinished"
+
+
+def _metrics(run: Path) -> Settings:
+    rows = read_metrics(run)
+    best, loss = max(rows, key=lambda row: row["validation_bound"]), rows[-1]["loss_without_constant"]
+    return {
+        "loss_without_constant": None if loss == -rows[-1]["elbo"] else loss,  # None: nothing was left out
+        "elbo": rows[-1]["elbo"],
+        "validation_elbo": best["validation_elbo"],
+    }
+
+
+def _typed(settings: Settings) -> Settings:
+    """TOML's integers where a field takes any number."""
+    floats = {field.name for field in fields(Config) if field.metadata["parse"] is float}
+    return {n: float(v) if n in floats and isinstance(v, int) else v for n, v in settings.items()}
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _toml(settings: Settings) -> str:
+    """A recipe of one run; JSON's strings, numbers, booleans and arrays are TOML's."""
+    lines = [f"{name} = {json.dumps(value)}\n" for name, value in settings.items() if value is not None]
+    return "".join(["[train]\n", *lines])

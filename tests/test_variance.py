@@ -1,0 +1,483 @@
+"""Moments, intervals and tests for bias against what is known exactly, at stated false-alarm rates."""
+
+import dataclasses
+import functools
+import math
+from statistics import NormalDist
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from scipy import stats as distributions
+
+from pyrovae import variance
+from pyrovae.estimators import (
+    AnalyticKL,
+    Antithetic,
+    Dreg,
+    Elbo,
+    Enumerate,
+    Iwae,
+    MeasureValued,
+    Renyi,
+    Rloo,
+    Rws,
+    StickingTheLanding,
+    StlIwae,
+    Vimco,
+)
+from pyrovae.testbed import LinearGaussian
+from pyrovae.variance import GradientStats, check_bias, gradient_moments
+from tests.linear_gaussian import MILD, TABLED, Copies, random_case
+from tests.test_per_draw import assert_same, independent
+
+F64 = torch.float64
+# In standard errors, two-sided: a false alarm in 1e-5 of comparisons, of which there are some 300 here.
+LIMIT = -NormalDist().inv_cdf(1e-5 / 2)
+OFF = TABLED["off"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_checks_of_shapes():
+    """Shapes are checked in test_per_draw and test_comparison; it takes half of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
+
+
+def measured(case: LinearGaussian, estimator, draws: int = 2048, seed: int = 0, **settings) -> GradientStats:
+    pair = case.pair()
+    x = torch.full((1, 1), case.x, dtype=F64)
+    settings = {"parts": pair.parts()} | settings
+    return gradient_moments(pair.model, pair.guide, estimator, x, draws=draws, seed=seed, **settings)
+
+
+def by_parameter(values: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Numbers of mu, rho, w and b as tensors of the pair's parameters."""
+    mu, rho, w, b = (torch.tensor(values[name], dtype=F64) for name in ("mu", "rho", "w", "b"))
+    return {
+        "encoder.bias": torch.stack([mu, rho]),
+        "decoder.weight": w.reshape(1, 1),
+        "decoder.bias": b.reshape(1),
+    }
+
+
+def stats_of(samples: torch.Tensor, seed: int = 0) -> GradientStats:
+    """The statistics of these draws of a gradient, (draws, entries), all of one parameter."""
+    samples = samples.double()
+    n, spread = len(samples), samples.var(0)
+    block = variance._block_size(n)
+    return GradientStats(
+        draws=n,
+        seed=seed,
+        mean={"p": samples.mean(0)},
+        variance={"p": spread},
+        tr_cov_of={"p": spread.sum().item()},
+        parts={"encoder": {"p": slice(None)}},
+        looped="",
+        block_sums={"p": torch.stack([part.sum(0) for part in samples.split(block)])},
+        traces={"encoder": spread.sum().item()},
+        pairs={"encoder": 0.5 * ((samples[1::2] - samples[: n // 2 * 2 : 2]) ** 2).sum(1).numpy()},
+    )
+
+
+def runs(estimator, draws: int, number: int, case: LinearGaussian = OFF, seed: int = 0) -> list[GradientStats]:
+    """So many independent measurements, all drawn in one pass."""
+    gradients = Copies(case, draws * number).gradients_of(estimator, seed)
+    samples = torch.stack(list(gradients.values()), dim=1).detach()
+    return [stats_of(part, seed=i) for i, part in enumerate(samples.split(draws))]
+
+
+def test_statistics_of_given_draws_are_those_of_the_measurement():
+    pair, x = OFF.pair(), torch.ones(1, 1, dtype=F64)
+    (bias,) = (p for name, p in pair.named_parameters() if name == "encoder.bias")
+    gradients = independent(pair.model, pair.guide, Elbo(), (x,), {"p": bias}, draws=70)
+    whole = measured(OFF, Elbo(), draws=70, parts={"encoder": {"encoder.bias": slice(None)}})
+    ours = stats_of(torch.from_numpy(gradients["p"]))
+    theirs = dataclasses.replace(
+        whole,
+        **{
+            field: {"p": getattr(whole, field)["encoder.bias"]}
+            for field in ("mean", "variance", "tr_cov_of", "block_sums")
+        },
+        parts=ours.parts,
+    )
+    assert_same(ours, theirs)
+
+
+# Moments
+
+
+ESTIMATORS = {
+    "elbo": Elbo(),
+    "elbo, score": Elbo(use_rep=False),
+    "elbo, K = 3": Elbo(num_particles=3),
+    "analytic-kl": AnalyticKL(),
+    "analytic-kl, score": AnalyticKL(use_rep=False),
+    "stl": StickingTheLanding(),
+    "antithetic": Antithetic(),
+    "measure-valued": MeasureValued(),
+    "rloo": Rloo(num_particles=3),
+    "iwae": Iwae(num_particles=2),
+    "iwae, score": Iwae(num_particles=2, use_rep=False),
+    "renyi": Renyi(num_particles=2, alpha=0.3),
+    "vimco": Vimco(),
+    "dreg": Dreg(num_particles=2),
+    "stl-iwae": StlIwae(num_particles=2),
+    "rws": Rws(),
+    "rws, pathwise": Rws(use_rep=True),
+}
+
+
+@functools.cache
+def of_off(name: str) -> GradientStats:
+    return measured(OFF, ESTIMATORS[name])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_means_and_traces_are_those_of_theory(name):
+    """Power: 2,048 draws see 10 % of a standard deviation in a mean; 15 % of a trace by the pathwise gradient.
+
+    Of the heavier-tailed traces by the score function they see 30 to 60 %.
+    """
+    estimator = ESTIMATORS[name]
+    other = MILD["mild-1"] if estimator.importance_weighted else random_case(3)
+    for case, stats in ((OFF, of_off(name)), (other, measured(other, estimator, draws=256))):
+        truth = case.truth(estimator)
+        means, variances = by_parameter(truth.mean), by_parameter(truth.variance)
+        for parameter, mean in stats.mean.items():
+            error = (variances[parameter] / stats.draws).sqrt()
+            assert ((mean - means[parameter]).abs() <= LIMIT * error + 1e-12).all(), parameter
+        for group, rows in stats.parts.items():
+            expected = sum(variances[parameter][r].sum().item() for parameter, r in rows.items())
+            pairs = stats.pairs[group]
+            limit = LIMIT * pairs.std(ddof=1) / math.sqrt(len(pairs)) + 1e-12
+            assert abs(stats.tr_cov(group) - expected) <= limit, group
+            assert abs(pairs.mean() - expected) <= limit, group
+
+
+@pytest.mark.parametrize("case", [TABLED["sharp"], TABLED["posterior"]])
+def test_variance_that_vanishes_is_found_to_vanish(case):
+    """An antithetic pair has none in mu, whatever q; sticking the landing none in phi where q is exact."""
+    assert measured(case, Antithetic(), draws=64).tr_cov("loc") < 1e-20
+    if case is TABLED["posterior"]:
+        for estimator in (StickingTheLanding(), Dreg(num_particles=2), Rloo()):
+            stats = measured(case, estimator, draws=64)
+            assert stats.tr_cov("encoder") < 1e-20
+            assert stats.interval("encoder")[1] < 1e-20
+            assert stats.tr_cov("decoder") > 0.1
+
+
+def test_entries_errors_and_the_largest():
+    stats = measured(OFF, Elbo(), draws=64)
+    assert stats.num_parameters == 4
+    assert stats.largest_variance() == max(v.max().item() for v in stats.variance.values())
+    for name, error in stats.standard_error.items():
+        torch.testing.assert_close(error, (stats.variance[name] / 64).sqrt())
+    assert stats.tr_cov() == pytest.approx(sum(v.sum().item() for v in stats.variance.values()))
+    assert stats.noise_floor == 1 / 8
+
+
+# Groups
+
+
+def test_groups_add_up():
+    stats = measured(OFF, Elbo(), draws=64)
+    assert stats.members() == ["loc", "scale", "decoder"]
+    assert stats.members("encoder") == ["loc", "scale"]
+    for of in (stats.tr_cov, stats.squared_norm):
+        assert of() == pytest.approx(of("loc") + of("scale") + of("decoder"))
+        assert of("encoder") == pytest.approx(of("loc") + of("scale"))
+    assert stats.tr_cov_of["encoder.bias"] == pytest.approx(stats.tr_cov("encoder"))
+    assert stats.tr_cov("scale") == pytest.approx(stats.variance["encoder.bias"][1].item())
+
+
+def test_groups_without_parts_are_the_guides_and_the_models():
+    stats = measured(OFF, Elbo(), draws=64, parts=None)
+    assert stats.members("encoder") == ["encoder"]
+    assert set(stats.parts["encoder"]) == {"encoder.bias"}
+    assert set(stats.parts["decoder"]) == {"decoder.weight", "decoder.bias"}
+    assert stats.tr_cov("encoder") == pytest.approx(measured(OFF, Elbo(), draws=64).tr_cov("encoder"))
+
+
+@pytest.mark.parametrize("method", ["tr_cov", "interval", "squared_norm", "snr", "members"])
+def test_an_unknown_group_is_refused(method):
+    stats = measured(OFF, Elbo(), draws=4)
+    with pytest.raises(ValueError, match="expected a group in all, encoder, loc, scale, decoder, got 'trunk'"):
+        getattr(stats, method)("trunk")
+
+
+# Intervals
+
+
+def covered(estimator, draws: int, number: int = 200) -> float:
+    truth = sum(OFF.truth(estimator).variance.values())
+    intervals = [stats.interval() for stats in runs(estimator, draws, number)]
+    return sum(low <= truth <= high for low, high in intervals) / number
+
+
+@pytest.mark.parametrize(
+    ("estimator", "draws", "rate"),
+    [(Elbo(), 64, 0.86), (Elbo(), 256, 0.92), (Elbo(use_rep=False), 256, 0.81)],
+    ids=["pathwise, 64 draws", "pathwise, 256 draws", "score function, 256 draws"],
+)
+def test_intervals_cover_the_truth(monkeypatch, estimator, draws, rate):
+    """A bootstrap of so skewed a sum falls short of its 95 %: the real rates are given.
+
+    Limits are binomial, of 200 runs, at a false-alarm rate of 1e-5. Power: 8 to 12 % of coverage.
+    """
+    monkeypatch.setattr(variance, "RESAMPLES", 200)
+    low, high = distributions.binom.ppf([0.5e-5, 1 - 0.5e-5], 200, rate) / 200
+    assert low <= covered(estimator, draws) <= high
+
+
+def test_an_interval_is_around_the_estimate_and_narrows():
+    few, many = measured(OFF, Elbo(), draws=64), of_off("elbo")
+    for stats in (few, many):
+        low, high = stats.interval()
+        assert low < stats.tr_cov() < high
+        inner = stats.interval(level=0.5)
+        assert low < inner[0] < inner[1] < high
+    widths = [np.diff(np.log(stats.interval()))[0] for stats in (few, many)]
+    assert widths[1] < widths[0] / 4
+
+
+# Ratios
+
+
+def test_common_noise_makes_a_ratio_precise():
+    """STL beside the total derivative: both intervals hold the ratio, one is at most half as wide."""
+    truth = [sum(OFF.truth(e).variance.values()) for e in (StickingTheLanding(), Elbo())]
+    stl = measured(OFF, StickingTheLanding(), draws=256)
+    widths = []
+    for seed in (0, 1):
+        ratio, low, high = stl.ratio(measured(OFF, Elbo(), draws=256, seed=seed))
+        assert low < truth[0] / truth[1] < high
+        assert low < ratio < high
+        widths.append(high - low)
+    assert widths[0] < widths[1] / 2
+
+
+def test_a_ratio_to_itself_is_one_exactly():
+    stats = measured(OFF, Elbo(), draws=64)
+    assert stats.ratio(stats) == (1, 1, 1)
+    assert stats.ratio(stats, "decoder") == (1, 1, 1)
+
+
+def test_a_ratio_to_nothing_is_no_number():
+    stats = measured(OFF, Elbo(), draws=64)
+    assert all(map(math.isnan, stats.ratio(stats_of(torch.ones(64, 2)), "all")))
+    nothing = stats_of(torch.ones(64, 2)).ratio(stats)
+    assert nothing == (0, 0, 0)
+
+
+# Signal and noise
+
+
+def test_squared_norm_is_unbiased():
+    """Averaged over 1,000 runs of 16 draws. The squared norm of the mean itself is 60 standard errors off."""
+    found = runs(Elbo(), 16, 1000)
+    truth = sum(value**2 for value in OFF.truth(Elbo()).mean.values())
+    ours = np.array([stats.squared_norm() for stats in found])
+    raw = np.array([stats.mean["p"].square().sum().item() for stats in found])
+    error = ours.std(ddof=1) / math.sqrt(len(ours))
+    assert abs(ours.mean() - truth) <= LIMIT * error
+    assert raw.mean() - truth > 10 * error
+    assert ours.min() < 0
+
+
+def test_signal_to_noise_is_that_of_theory():
+    """65,536 draws: its standard error is less than the floor, 1 / 256."""
+    (stats,) = runs(Elbo(), 2**16, 1)
+    truth = OFF.truth(Elbo())
+    expected = math.sqrt(sum(v**2 for v in truth.mean.values()) / sum(truth.variance.values()))
+    assert abs(stats.snr() - expected) < LIMIT * stats.noise_floor
+
+
+def test_signal_to_noise_without_noise_or_signal():
+    assert stats_of(torch.ones(8, 2)).snr() == math.inf
+    alternating = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
+    assert stats_of(alternating).snr() == 0
+    assert stats_of(alternating).squared_norm() < 0
+
+
+# Bias
+
+
+@functools.cache
+def long_run() -> GradientStats:
+    return measured(OFF, Elbo(num_particles=4), seed=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["elbo", "elbo, score", "analytic-kl", "stl", "antithetic", "measure-valued", "rloo"]
+)
+def test_estimators_of_the_elbo_pass(name):
+    stats = of_off(name)
+    exact = check_bias(stats, by_parameter(OFF.gradient))
+    against = check_bias(stats, long_run())
+    assert not exact.biased
+    assert not against.biased
+    assert exact.max_z < exact.limit
+
+
+FOUR = {
+    "iwae": Iwae(num_particles=4),
+    "iwae, score": Iwae(num_particles=4, use_rep=False),
+    "vimco": Vimco(num_particles=4),
+    "dreg": Dreg(num_particles=4),
+    "stl-iwae": StlIwae(num_particles=4),
+}
+
+
+@functools.cache
+def of_four(name: str, seed: int = 0) -> GradientStats:
+    return measured(OFF, FOUR[name], seed=seed)
+
+
+@functools.cache
+def mean_of_four() -> dict[str, torch.Tensor]:
+    return by_parameter(OFF.truth(FOUR["iwae"]).mean)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_sticking_the_landing_in_an_importance_weighted_bound_is_caught(name):
+    """It alone, and in phi alone."""
+    for reference in (mean_of_four(), of_four("iwae", seed=1)):
+        found = check_bias(of_four(name), reference)
+        assert found.biased is (name == "stl-iwae")
+        if found.biased:
+            assert found.max_z > found.limit
+            assert found.p_value < 1e-4
+            assert not check_bias(of_four(name), reference, groups=("decoder",)).biased
+            assert check_bias(of_four(name), reference, groups=("encoder",)).biased
+
+
+def test_excess_is_the_squared_bias():
+    iwae, stl = (OFF.truth(FOUR[name]).mean for name in ("iwae", "stl-iwae"))
+    expected = sum((iwae[name] - stl[name]) ** 2 for name in iwae)
+    found = check_bias(of_four("stl-iwae"), mean_of_four())
+    assert found.excess == pytest.approx(expected, rel=0.2)
+    assert abs(check_bias(of_four("dreg"), mean_of_four()).excess) < 0.01 * expected
+
+
+def test_bias_that_cancels_between_entries_is_found():
+    """Half of 1,000 entries a fifth of a standard deviation too high, half too low: the average is right."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1024, 1000, generator=generator, dtype=F64)
+    shift = 0.2 * torch.tensor([1.0, -1.0], dtype=F64).repeat(500)
+    truth = {"p": torch.zeros(1000, dtype=F64)}
+    assert not check_bias(stats_of(noise), truth).biased
+    found = check_bias(stats_of(noise + shift), truth)
+    assert found.biased
+    assert found.excess == pytest.approx(shift.square().sum().item(), rel=0.1)
+
+
+def test_bias_too_small_in_every_entry_is_found_in_all_together():
+    """A fifteenth of a standard deviation in each of 1,000 entries: no |z| is too large, their sum is."""
+    generator = torch.Generator().manual_seed(0)
+    found = check_bias(
+        stats_of(torch.randn(1024, 1000, generator=generator, dtype=F64) + 1 / 15),
+        {"p": torch.zeros(1000, dtype=F64)},
+    )
+    assert found.max_z < found.limit
+    assert found.p_value < 1e-4
+    assert found.biased
+
+
+def test_bias_in_one_entry_is_found():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1024, 1000, generator=generator, dtype=F64)
+    noise[:, 17] += 0.4
+    found = check_bias(stats_of(noise), {"p": torch.zeros(1000, dtype=F64)})
+    assert found.max_z > found.limit
+    assert found.biased
+
+
+@pytest.fixture
+def _fewer_flips(monkeypatch):
+    """A tenth of a percent resolves what these tests ask of p-values, and takes a hundredth of the time."""
+    monkeypatch.setattr(variance, "FLIPS", 2000)
+    variance._signs.cache_clear()
+    yield
+    variance._signs.cache_clear()
+
+
+UNBIASED = {"score": (Elbo(use_rep=False), Elbo()), "dreg": (FOUR["dreg"], FOUR["iwae"])}
+
+
+@pytest.mark.usefixtures("_fewer_flips")
+@pytest.mark.parametrize("name", UNBIASED)
+def test_p_values_of_unbiased_estimators_are_uniform(name):
+    """100 runs of 128 draws against independent ones of 256. Limits at a false-alarm rate of 1e-5.
+
+    Power: Kolmogorov and Smirnov see a distribution function that is 0.24 off; the rate of false alarms at
+    a nominal 0.05, shared by two tests that overlap, must be below 0.17.
+    """
+    estimator, reference = UNBIASED[name]
+    theirs = [dataclasses.replace(stats, seed=1000 + stats.seed) for stats in runs(reference, 256, 100, seed=1)]
+    found = [
+        check_bias(*pair, false_alarm=0.05) for pair in zip(runs(estimator, 128, 100), theirs, strict=True)
+    ]
+    assert distributions.kstest([test.p_value for test in found], "uniform").pvalue > 1e-5
+    alarms = sum(test.biased for test in found)
+    assert alarms <= distributions.binom.ppf(1 - 1e-5, 100, 0.05)
+    excess = np.array([test.excess for test in found])
+    assert abs(excess.mean()) <= LIMIT * excess.std(ddof=1) / math.sqrt(100)
+
+
+def test_a_reference_with_the_same_noise_is_refused():
+    stats = measured(OFF, Elbo(), draws=64, seed=3)
+    with pytest.raises(ValueError, match="expected a reference with another seed, got 3 for both"):
+        check_bias(stats, measured(OFF, Iwae(), draws=64, seed=3))
+
+
+def test_equality_without_noise_is_no_bias():
+    exact = stats_of(torch.full((64, 3), 0.1))
+    for reference in ({"p": torch.full((3,), 0.1)}, dataclasses.replace(exact, seed=1)):
+        found = check_bias(exact, reference)
+        assert (found.p_value, found.biased) == (1, False)
+    assert check_bias(exact, {"p": torch.full((3,), 0.1001)}).biased
+    assert not check_bias(stats_of(torch.zeros(64, 3)), {"p": torch.zeros(3)}).biased
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_an_estimator_without_variance_passes_at_its_rounding(dtype):
+    """An antithetic pair has none in mu: what is left there is rounding, which is no bias."""
+    for case in (OFF, TABLED["sharp"], TABLED["posterior"]):
+        pair = case.pair().to(dtype)
+        x = torch.full((1, 1), case.x, dtype=dtype)
+        stats = gradient_moments(pair.model, pair.guide, Antithetic(), x, draws=256, parts=pair.parts())
+        assert not check_bias(stats, by_parameter(case.gradient), groups=("loc",)).biased
+        assert not check_bias(stats, by_parameter(case.gradient)).biased
+
+
+def test_an_exact_estimator_passes_against_itself(make_vae):
+    vae = make_vae(hidden=(8,), guide="bernoulli-code", latent_dim=3)
+    x = torch.bernoulli(torch.full((4, 64), 0.5))
+    stats, other = (
+        gradient_moments(*vae.pair, Enumerate(), x, draws=16, seed=seed, parts=vae.parts()) for seed in (0, 1)
+    )
+    for reference in (other, other.mean):
+        assert not check_bias(stats, reference).biased
+
+
+@pytest.mark.parametrize(
+    ("draws", "of_reference"),
+    [
+        (64, 128),
+        (256, 512),
+        (256, 256),
+        (100, 1000),
+        (96, 192),
+        (150, 300),
+        (62, 100),
+    ],
+)
+def test_a_reference_of_as_many_draws_or_more_will_do(draws, of_reference):
+    generator = torch.Generator().manual_seed(0)
+    stats, reference = (torch.randn(n, 3, generator=generator) for n in (draws, of_reference))
+    found = check_bias(stats_of(stats), stats_of(reference, seed=1))
+    assert math.isfinite(found.max_z)
+    assert not found.biased
