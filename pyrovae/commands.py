@@ -308,6 +308,11 @@ def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at
             raise ValueError(f"expected {next(iter(of_model))} with --fresh only")
         if (along or at) and testbed:
             raise ValueError("expected along with RUN or --fresh, got --testbed, which is not trained")
+        about_images = _given(
+            ctx, {n: settings[n] for n in ("batch_size", "cuda", "data_dir")} | {"batches": own["batches"]}
+        )
+        if testbed and about_images:
+            raise ValueError(f"expected {next(iter(about_images))} with RUN or --fresh, got it with --testbed")
         if at and not along:
             raise ValueError("expected at with --along only")
         own = {name: value for name, value in own.items() if value is not None}
@@ -399,7 +404,7 @@ def _variance_options() -> list[click.Parameter]:
         click.Option(
             ["--out", "-o"],
             metavar="DIR",
-            show_default="RUN/variance or runs/variance-<n>",
+            show_default="RUN/variance-<n> or runs/variance-<n>",
             help="A new or empty directory for the results.",
         ),
         click.Option(["--quiet"], is_flag=True, help="Print the directory only."),

@@ -109,8 +109,8 @@ class Comparison:
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types."""
-        return dataclasses.asdict(self)
+        """Plain types; None for what is not finite, which JSON does not have."""
+        return _finite(dataclasses.asdict(self))
 
     def to_csv(self) -> str:
         """One line per row, with what is a number or a name; the settings in every line."""
@@ -230,7 +230,9 @@ def compare(
             candidates.setdefault(plain, _make(*plain, alpha))
             references.setdefault(plain, bench.reference(candidates[plain]))
         longs = {long: _make(*long, alpha) for _, long in references.values() if long is not None}
-        counter = _Counter(draws * (len(candidates) + 2 * len(longs) + len(batches)), progress)
+        of_references = sum(bench.draws_for(estimator) for estimator in longs.values())
+        total = draws * (len(candidates) + len(batches) * (len(batches) > 1)) + of_references
+        counter = _Counter(total, progress)
         fitted, stats, memory = {}, {}, {}
         for key, estimator in candidates.items():
             with_name = counter(f"{key[0]}, K = {key[1]}")
@@ -262,7 +264,7 @@ def compare(
                     **_summary(stats[key]),
                 )
             )
-        between = bench.between_batches(batches, counter("other batches")) if batches else {}
+        between = bench.between_batches(batches, counter("other batches")) if len(batches) > 1 else {}
     record = dict(settings or {}) | bench.settings() | {"draws": draws, "seed": seed}
     return Comparison(rows, skipped, snr_slopes(rows), between, record)
 
@@ -342,9 +344,13 @@ def _candidates(
         for k in dict.fromkeys(particles):
             try:
                 estimator = _make(label, k, alpha)
+            except ValueError as error:
+                skipped.setdefault(label, str(error))
+                continue
+            try:
                 bench.check(estimator)
             except ValueError as error:
-                skipped[label] = str(error).split("\n")[0]
+                skipped[label] = str(error).split("\n")[0]  # what the pair lacks says more than a K
             else:
                 candidates[label, k] = estimator
         if any(key[0] == label for key in candidates):
@@ -465,9 +471,12 @@ class _Bench:
         self, estimator: Estimator, progress: Callable[[int], None]
     ) -> GradientStats | dict[str, Tensor]:
         """Of a reference, with other noise and twice the draws; of one without noise, its gradient."""
-        exactly = isinstance(estimator, Enumerate)
-        stats, _ = self.moments(estimator, 4 if exactly else 2 * self.draws, self.seed + 1, progress)
-        return stats.mean if exactly else stats
+        stats, _ = self.moments(estimator, self.draws_for(estimator), self.seed + 1, progress)
+        return stats.mean if isinstance(estimator, Enumerate) else stats
+
+    def draws_for(self, estimator: Estimator) -> int:
+        """So many for a reference."""
+        return 4 if isinstance(estimator, Enumerate) else 2 * self.draws
 
     def _gradient(self, estimator: Estimator) -> None:
         """One draw of the gradient, as training takes it."""
@@ -551,13 +560,21 @@ class _Bench:
             means.append(torch.cat([mean.flatten() for mean in stats.mean.values()]))
             within.append(stats.tr_cov())
         noise = statistics.mean(within)
-        spread = torch.stack(means).var(0).sum().item() if len(means) > 1 else math.nan
+        spread = torch.stack(means).var(0).sum().item()
         return {
             "estimator": label,
             "batches": len(means),
             "within": noise,
             "between": spread - noise / self.draws,
         }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain_of_bound(estimator: Estimator) -> Estimator:

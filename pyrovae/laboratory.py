@@ -213,7 +213,8 @@ def results_directory(run: str | Path | None, out: str | Path | None) -> Iterato
     finally:
         if not any(directory.iterdir()):
             for path in made if out is not None else (directory, *made):
-                path.rmdir()
+                with contextlib.suppress(OSError):  # someone else's by now
+                    path.rmdir()
 
 
 def table(comparison: Comparison) -> str:

@@ -325,6 +325,8 @@ def test_a_failed_run_is_one_line_and_exit_code_1():
         ("variance --testbed linear-gaussian --along", "--along"),
         ("variance --testbed linear-gaussian --at 1", "--testbed"),
         ("variance --testbed linear-gaussian --network cnn", "--network"),
+        ("variance --testbed linear-gaussian --batch-size 8", "--batch-size"),
+        ("variance --testbed linear-gaussian --batches 2", "--batches"),
         ("variance --testbed linear-gaussian --draws 8", "--draws"),
         ("variance --testbed linear-gaussian --draws many", "--draws"),
         ("variance --testbed linear-gaussian -K 0", "--particles"),

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import fields, replace
 
+import jaxtyping
 import numpy as np
 import pyro
 import pytest
@@ -64,8 +65,11 @@ def compared(vae, *names: str, **settings) -> Comparison:
 
 @pytest.fixture(autouse=True, scope="module")
 def _fewer():
-    """Coarse p-values and little warming up, for the sake of time; verdicts rest on the largest |z|."""
+    """Coarse p-values, so that verdicts rest on the largest |z|, little warming up, and shapes that test_cli
+    checks: for the sake of time.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         patch.setattr(variance, "FLIPS", 1000)
         patch.setattr(comparison, "WARMUP", 20)
         patch.setattr(comparison, "TIMINGS", 1)
@@ -453,13 +457,20 @@ def test_the_table_parses_back(usual, discrete):
 
 
 def test_everything_goes_into_json(usual):
-    again = json.loads(json.dumps(usual.to_json()))
+    again = json.loads(json.dumps(usual.to_json(), allow_nan=False))
     assert [row["estimator"] for row in again["rows"]] == [row.estimator for row in usual.rows]
     assert again["rows"][0]["bias"]["p_value"] == usual.rows[0].bias.p_value
     assert again["rows"][0]["by_parameter"] == usual.rows[0].by_parameter
     assert again["slopes"] == usual.slopes
     assert again["settings"] == usual.settings
     assert again["skipped"] == usual.skipped
+
+
+def test_what_is_not_finite_is_null_in_json(usual):
+    row = replace(usual.rows[0], ratio=math.nan, ratio_interval=(math.nan, math.inf))
+    again = json.loads(json.dumps(replace(usual, rows=[row]).to_json(), allow_nan=False))
+    assert again["rows"][0]["ratio"] is None
+    assert again["rows"][0]["ratio_interval"] == [None, None]
 
 
 # Slopes
