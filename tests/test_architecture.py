@@ -26,7 +26,7 @@ FLOORS = [
     {"laboratory", "assessment", "pictures"},
     {"commands"},
 ]
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in sorted(modules)}
 ENTRY_POINTS = {"__init__", "__main__", "cli"}  # these import nothing, or only when asked
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import jaxtyping
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -96,6 +97,12 @@ def one_by_one(vae, estimator, x, **settings) -> GradientStats:
 # One pass against a loop
 
 
+@pytest.fixture
+def _without_checks_of_shapes(monkeypatch):
+    """What estimators give is checked in test_estimators; it takes half of the time."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 def ways(guide: str) -> list[tuple[str, int]]:
     """(label, K) of every estimator that there is for the guide."""
     found = []
@@ -111,6 +118,7 @@ def ways(guide: str) -> list[tuple[str, int]]:
     return found
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize(
     ("guide", "label", "particles"), [(guide, *way) for guide in GUIDES for way in ways(guide)]
 )
@@ -140,7 +148,9 @@ def test_one_pass_equals_a_loop_for_every_part(make_vae, network, likelihood):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("guide", "estimator"), [("mean-field", Elbo()), ("bernoulli-code", Vimco())], ids=str)
+@pytest.mark.parametrize(
+    ("guide", "estimator"), [("mean-field", Elbo()), ("bernoulli-code", Vimco())], ids=["mean-field", "code"]
+)
 def test_one_pass_equals_a_loop_in_single_precision(make_vae, network, guide, estimator):
     check_one_pass(make_vae, network, estimator, 2e-4, guide=guide, dtype=torch.float32)
 
@@ -151,6 +161,7 @@ def test_one_pass_equals_a_loop_at_any_beta(make_vae, beta):
     assert_same(moments(vae, AnalyticKL(), x, vectorize=True), one_by_one(vae, AnalyticKL(), x))
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize("draws", [4, 5, 37, 98])
 def test_any_number_of_draws(make_vae, draws):
     vae, x = setting(make_vae, batch=2)
@@ -160,6 +171,7 @@ def test_any_number_of_draws(make_vae, draws):
     assert_same(stats, one_by_one(vae, Elbo(), x, draws=draws))
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize("particles", [4, 8])
 @pytest.mark.parametrize("guide", GUIDES)
 def test_shapes_that_coincide(make_vae, particles, guide):
@@ -169,6 +181,7 @@ def test_shapes_that_coincide(make_vae, particles, guide):
     assert_same(moments(vae, estimator, x, draws=4), one_by_one(vae, estimator, x, draws=4))
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize(("batch", "latent_dim"), [(1, 2), (2, 4)])
 @pytest.mark.parametrize("particles", [1, 8])
 def test_shapes_that_coincide_where_it_is_checked(make_vae, batch, latent_dim, particles):
@@ -196,6 +209,7 @@ def test_confident_bits_as_many_as_rows(make_vae):
 # Memory
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 def test_results_do_not_depend_on_memory(make_vae, monkeypatch):
     """100 draws are 25 blocks of 4: passes over half a block, several, and all of them."""
     vae, x = setting(make_vae, batch=2)
@@ -314,6 +328,7 @@ def assert_moments_of(stats: GradientStats, gradients: dict[str, np.ndarray], to
     assert stats.tr_cov() == pytest.approx(everything.var(0, ddof=1).sum(), rel=tolerance)
 
 
+@pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [(Elbo(), Trace_ELBO()), (AnalyticKL(), TraceMeanField_ELBO()), (Elbo(use_rep=False), Trace_ELBO())],

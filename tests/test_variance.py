@@ -40,7 +40,7 @@ OFF = TABLED["off"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _without_checks_of_shapes():
-    """Shapes are checked in test_per_draw and test_comparison; it takes half of the time."""
+    """Shapes are checked in test_per_draw and test_cli; it takes half of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
