@@ -140,8 +140,35 @@ class Assessment:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types."""
+        """Plain types, for `from_json`."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, contents: dict[str, Any]) -> "Assessment":
+        """The inverse of `to_json`."""
+
+        def weighing(values: dict[str, Any]) -> Weighing:
+            return Weighing(**values | {"log_evidence": Average(**values["log_evidence"])})
+
+        latents, tight = contents["latents"], contents["annealing"]
+        probes = latents["probes"]
+        averages = {name: Average(**contents[name]) for name in ("elbo", "reconstruction", "kl")}
+        estimates = {name: weighing(contents[name]) for name in ("importance_weighted", "naive")}
+        return cls(
+            **contents
+            | averages
+            | estimates
+            | {
+                "annealing": tight
+                and Annealing(
+                    weighing(tight["annealed"]),
+                    *(Average(**tight[name]) for name in ("importance_weighted", "naive", "elbo")),
+                ),
+                "latents": Latents(
+                    **latents | {"probes": probes if isinstance(probes, str) else Probes(**probes)}
+                ),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +243,16 @@ class Examination:
         return self.of_vae(vae, dataset, of_run | of_config)
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Assessment:
-        """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is."""
+        """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is.
+
+        Raises:
+            ValueError: q(z|x) has no density, so that there is no ELBO.
+        """
+        if not vae.posterior.density:
+            raise ValueError(
+                "expected a VAE to evaluate, got an autoencoder, which gives x no probability: "
+                "side-by-side compares its reconstructions with a VAE's"
+            )
         images = dataset.test[: self.limit]
         x, pixels = self._observe(vae, images), math.prod(images.shape)
         weighted, unguided, tight = self._weigh(vae, x)
@@ -269,7 +305,8 @@ class Examination:
 
     def _observe(self, vae: VAE, images: Images) -> Tensor:
         with seeded(self.seed, vae.zeros.device):
-            return vae.likelihood.observe(images.pixels.flatten(1).to(vae.zeros))
+            labels = None if images.labels is None else images.labels.to(vae.zeros.device)
+            return vae.observe(images.pixels.flatten(1).to(vae.zeros), labels)
 
     def _latents(
         self,
@@ -306,6 +343,8 @@ def _epoch(run: Path, which: str) -> int:
 def _warnings(vae: VAE, found: Assessment) -> list[str]:
     notes, active, weighing = [], found.latents.active, found.importance_weighted
     particles = found.settings["particles"]
+    if vae.classes:
+        notes.append("a conditional VAE: each log p(x) is log p(x|y), given the image's class")
     if not vae.likelihood.normalised:
         notes.append("a pseudo-likelihood, which is not normalised: no number here is one of log p(x)")
     if active == 0:
@@ -327,19 +366,35 @@ def write(run: Path, found: Assessment) -> Path:
     return path
 
 
+def read(run: Path) -> Assessment | None:
+    """The run's `evaluation.json`; None if it has none.
+
+    Raises:
+        RunError: It is damaged, or of another version.
+    """
+    path = run / "evaluation.json"
+    try:
+        return Assessment.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"expected what evaluate writes in {path}, got: {error}; evaluate again") from None
+
+
 def table(found: Assessment) -> str:
     """The assessment as text."""
-    s, rows = found.settings, _rows(found)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [_title(s)]
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+    cells = rows(found)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [title(found)]
+    for name, *numbers in cells:
+        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return "\n".join([*lines, *_remarks(found), *(f"warning: {note}" for note in found.notes)])
+    return "\n".join([*lines, *remarks(found), *(f"warning: {note}" for note in found.notes)])
 
 
-def _title(s: dict[str, Any]) -> str:
-    model = ""
+def title(found: Assessment) -> str:
+    """Which images were judged, by which parameters, and how."""
+    s, model = found.settings, ""
     if "run" in s:
         model = (
             f" of {s['dataset']}, {s['likelihood']}, {s['guide']}, {s['latent_dim']} latent dimensions, "
@@ -349,8 +404,8 @@ def _title(s: dict[str, Any]) -> str:
     return f"{images}{model}; K {s['particles']:,}, seed {s['seed']}, {s['device']}, {s['dtype']}"
 
 
-def _rows(found: Assessment) -> list[list[str]]:
-    """The table's cells: name, mean, standard error, effective sample size, its least."""
+def rows(found: Assessment) -> list[list[str]]:
+    """The table's cells, a head first: name, mean, standard error, effective sample size, its least."""
 
     def row(name: str, average: Average, weighing: Weighing | None = None) -> list[str]:
         error = "" if average.standard_error is None else f"{average.standard_error:.2f}"
@@ -358,7 +413,7 @@ def _rows(found: Assessment) -> list[list[str]]:
         return [name, f"{average.mean:.2f}", error, *(f"{size:,.1f}" for size in sizes or ()), *[""] * 2][:5]
 
     weighted, unguided, tight = found.importance_weighted, found.naive, found.annealing
-    rows = [
+    cells = [
         ["nats per image", "mean", "std. error", "ESS", "least"],
         row("reconstruction, E_q[log p(x|z)]", found.reconstruction),
         row("KL(q(z|x) || p(z))", found.kl),
@@ -367,17 +422,18 @@ def _rows(found: Assessment) -> list[list[str]]:
         row("log p(x), prior samples", unguided.log_evidence, unguided),
     ]
     if tight:
-        rows += [
+        cells += [
             [f"the first {found.settings['ais']} images:", *[""] * 4],
             row("  ELBO", tight.elbo),
             row("  log p(x), importance sampling", tight.importance_weighted),
             row("  log p(x), prior samples", tight.naive),
             row("  log p(x), annealed", tight.annealed.log_evidence, tight.annealed),
         ]
-    return rows
+    return cells
 
 
-def _remarks(found: Assessment) -> list[str]:
+def remarks(found: Assessment) -> list[str]:
+    """What else was found, a line each."""
     latents, s, lines = found.latents, found.settings, []
     if found.without_constant is not None:
         lines.append(f"SSE/(2c) + KL: {found.without_constant:.2f} nats per image")

@@ -75,7 +75,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Text to a file, such that a kill at any moment leaves the old file or the new one."""
     with _replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

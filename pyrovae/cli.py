@@ -17,8 +17,10 @@ SUMMARIES = {
     "interpolate": "Picture the way between the codes of images.",
     "manifold": "Picture the decoded latent space.",
     "latent": "Picture the latent codes of images, by class.",
+    "side-by-side": "Picture an autoencoder beside a VAE, and what each loses.",
     "curves": "Picture the training of one run, or of several.",
     "encode": "Write the latent codes of images to a file.",
+    "report": "Write all that is known of a run into one HTML file.",
     "list": "List likelihoods, networks, guides, estimators and datasets.",
 }
 
@@ -53,7 +55,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUMMARIES:
             return None
-        return getattr(import_module("pyrovae.commands"), f"{cmd_name}_command")
+        return getattr(import_module("pyrovae.commands"), f"{cmd_name.replace('-', '_')}_command")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -18,12 +18,13 @@ import click
 from tqdm import tqdm
 
 from pyrovae import assessment, figures, pictures, runs
+from pyrovae import report as reports
 from pyrovae import sweep as sweeps
 from pyrovae.assessment import Examination
 from pyrovae.checkpoints import write_atomically
 from pyrovae.cli import SUMMARIES
 from pyrovae.comparison import every_estimator
-from pyrovae.config import Config
+from pyrovae.config import Config, flag
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
@@ -34,10 +35,6 @@ from pyrovae.networks import NETWORKS
 from pyrovae.training import DivergedError, Fit, describe
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 class _Parsed(click.ParamType):
@@ -58,10 +55,10 @@ class _Parsed(click.ParamType):
 def _option(field: Field) -> click.Option:
     """The option of a Config field: its flags, type, default and help."""
     meta = field.metadata
-    flags = [_flag(field.name)]
+    flags = [flag(field.name)]
     kind: Any = click.Choice(list(meta["choices"])) if meta["choices"] else meta["parse"]
     if meta["parse"] is bool:
-        flags[0] += f"/{_flag('no_' + field.name)}"
+        flags[0] += f"/{flag('no_' + field.name)}"
     elif kind not in (int, float, str) and not meta["choices"]:
         kind = _Parsed(meta["parse"])
     if meta["short"]:
@@ -103,9 +100,11 @@ def _one_line_errors() -> Iterator[None]:
 def _with_flags(message: str) -> str:
     """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
     names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
-    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne"
+    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne|digit"
     names += "|images(?= from)|image(?= from| without)|data(?= to be)"
-    return re.sub(rf"^expected ({names})\b", lambda match: f"expected {_flag(match[1])}", message)
+    return re.sub(
+        rf"^expected ({names})\b(?! most| least)", lambda match: f"expected {flag(match[1])}", message
+    )
 
 
 def _fail(message: str, code: int) -> None:
@@ -113,19 +112,22 @@ def _fail(message: str, code: int) -> None:
     raise click.exceptions.Exit(code)
 
 
-def _train(out: str | None, resume: str | None, recipe: str | None, quiet: bool, **settings: Any) -> None:
+def _train(
+    out: str | None, resume: str | None, recipe: str | None, autoencoder: bool, quiet: bool, **settings: Any
+) -> None:
     ctx = click.get_current_context()
     with _one_line_errors():
+        given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
         if recipe is not None:
-            run, result = runs.train(_of_recipe(recipe, _given(ctx, settings)), out=out, quiet=quiet)
+            run, result = runs.train(_of_recipe(recipe, given), out=out, quiet=quiet)
         elif resume is None:
-            run, result = runs.train(Config(**settings), out=out, quiet=quiet)
+            run, result = runs.train(Config(**settings | given), out=out, quiet=quiet)
         elif out is not None:
             raise runs.RunError("expected out without --resume, which continues in the run's own directory")
         else:
-            run, result = runs.resume(resume, changes=_given(ctx, settings), quiet=quiet)
+            run, result = runs.resume(resume, changes=given, quiet=quiet)
         if result.stopped_by is not None and not result.progress.finished:
             click.echo(
                 f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
@@ -134,6 +136,18 @@ def _train(out: str | None, resume: str | None, recipe: str | None, quiet: bool,
             )
             raise click.exceptions.Exit(128 + result.stopped_by)
         click.echo(str(run) if quiet else _summary(run, result))
+
+
+def _with_shorthand(given: dict[str, Any], autoencoder: bool) -> dict[str, Any]:
+    """Options with what --autoencoder stands for.
+
+    Raises:
+        ValueError: They say something else.
+    """
+    for name, value in _AUTOENCODER.items() if autoencoder else ():
+        if given.get(name, value) != value:
+            raise ValueError(f"expected {name} {value} with --autoencoder, got {given[name]}")
+    return given | (_AUTOENCODER if autoencoder else {})
 
 
 def _of_recipe(name: str, given: dict[str, Any]) -> Config:
@@ -157,20 +171,30 @@ def _summary(run: Path, result: Fit) -> str:
     best, last = result.history[result.progress.best_epoch - 1], result.history[-1]
     config, data = runs.read_config(run)
     likelihood, pixels = config.make_likelihood(data["levels"]), math.prod(data["shape"])
-    bound = best["validation_bound" if config.beta == 1 else "validation_elbo"]
-    bits = bits_per_dim(likelihood, bound, pixels)
+    bound = best["validation_bound" if config.beta == 1 and best["elbo"] is not None else "validation_elbo"]
+    bits = None if bound is None else bits_per_dim(likelihood, bound, pixels)
+    loss = "SSE/(2c)" if best["elbo"] is None else "SSE/(2c) + KL"
     lines = [
         f"Trained {result.progress.epoch} epochs; validation was best at epoch {best['epoch']}:",
         f"  {describe(best)} nats per image",
     ]
-    if not likelihood.normalised:
+    if best["elbo"] is None:
+        lines.append("  an autoencoder: no density q(z|x), so no KL and no ELBO")
+    elif not likelihood.normalised:
         lines.append("  under a pseudo-likelihood, which is not normalised: its ELBO bounds nothing")
     if bits is not None:
         lines.append(f"  validation: at most {bits:.4f} bits per dimension")
     if likelihood.log_constant(pixels):
-        lines.append(f"  final training loss SSE/(2c) + KL: {last['loss_without_constant']:.1f} nats per image")
+        lines.append(f"  final training loss {loss}: {last['loss_without_constant']:.1f} nats per image")
     return "\n".join([*lines, f"Figures and checkpoints: {run}"])
 
+
+_AUTOENCODER = {"guide": "point", "estimator": "reconstruction"}
+_SHORTHAND = click.Option(
+    ["--autoencoder"],
+    is_flag=True,
+    help="The plain autoencoder: --guide point --estimator reconstruction; with -l gaussian its squared error.",
+)
 
 train_command = click.Command(
     "train",
@@ -187,13 +211,14 @@ train_command = click.Command(
         click.Option(
             ["--resume"],
             metavar="RUN",
-            help=f"Continue this run; only {', '.join(map(_flag, runs.MAY_CHANGE))} may differ.",
+            help=f"Continue this run; only {', '.join(map(flag, runs.MAY_CHANGE))} may differ.",
         ),
         click.Option(
             ["--recipe"],
             metavar="NAME|FILE",
             help=f"Take settings from a TOML file, or from one of {', '.join(sweeps.recipes())}.",
         ),
+        _SHORTHAND,
         click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
     ],
 )
@@ -203,11 +228,17 @@ _MEASURED = ("batch_size", "seed", "cuda", "alpha", "data_dir")  # options of a 
 
 
 def _sweep(
-    over: tuple[str, ...], recipe: str | None, jobs: int, out: str | None, quiet: bool, **settings: Any
+    over: tuple[str, ...],
+    recipe: str | None,
+    autoencoder: bool,
+    jobs: int,
+    out: str | None,
+    quiet: bool,
+    **settings: Any,
 ) -> None:
     ctx = click.get_current_context()
     with _one_line_errors():
-        plan = _planned(over, recipe, _given(ctx, settings))
+        plan = _planned(over, recipe, _with_shorthand(_given(ctx, settings), autoencoder))
         try:
             directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
             sweep = sweeps.Sweep(directory, plan)
@@ -272,6 +303,7 @@ def _sweep_options() -> list[click.Parameter]:
         click.Option(
             ["--recipe"], metavar="NAME|FILE", help=f"A TOML file, or one of {', '.join(sweeps.recipes())}."
         ),
+        _SHORTHAND,
         click.Option(
             ["--jobs", "-j"], type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time."
         ),
@@ -512,6 +544,18 @@ def _curves(run: tuple[str, ...], out: str | None, dpi: int) -> None:
         click.echo(path)
 
 
+def _side_by_side(run: tuple[str, ...], out: str | None, dpi: int, cuda: bool, **settings: Any) -> None:
+    with _one_line_errors():
+        path = pictures.path_for(run[0], "side-by-side", out)
+        settings["device"] = _device(cuda)
+        figure = pictures.side_by_side(*run, **settings)
+        for name, error in pictures.reconstruction_errors(*run, **settings).items():
+            click.echo(f"{error:8.2f}  {name}")
+        click.echo("squared error of reconstruction per image")
+        pictures.save(figure, path, dpi)
+        click.echo(path)
+
+
 def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any) -> None:
     with _one_line_errors():
         path = Path(run) / "latents.npz" if out is None else Path(out)
@@ -576,6 +620,11 @@ _IMAGES = [
 ]
 
 
+_DIGIT = click.Option(
+    ["--digit", "--class", "digit"], type=int, metavar="Y", help="Of a conditional VAE, this class."
+)
+
+
 def _picture_command(name: str, *own: click.Option) -> click.Command:
     """A command that calls the function of this name in `pictures`."""
     params = [_RUN, *own, *_of_load(), *_of_picture(name)]
@@ -590,6 +639,7 @@ reconstruct_command = _picture_command(
 sample_command = _picture_command(
     "sample",
     click.Option(["-n"], default=100, metavar="N", show_default=True, help="How many."),
+    _DIGIT,
     click.Option(["--seed", "-s"], type=click.IntRange(0), default=0, show_default=True, help="Of the draws."),
 )
 interpolate_command = _picture_command(
@@ -629,6 +679,7 @@ manifold_command = _picture_command(
         show_default="zero",
         help="The validation image at whose code the other dimensions stay.",
     ),
+    _DIGIT,
     _DATA_DIR,
 )
 latent_command = _picture_command(
@@ -645,6 +696,23 @@ curves_command = click.Command(
     help=SUMMARIES["curves"],
     params=[click.Argument(["run"], nargs=-1, required=True, metavar="RUN..."), *_of_picture("curves")],
 )
+side_by_side_command = click.Command(
+    "side-by-side",
+    callback=_side_by_side,
+    help=SUMMARIES["side-by-side"],
+    params=[
+        click.Argument(["run"], nargs=-1, required=True, metavar="RUN RUN..."),
+        click.Option(
+            ["--split"],
+            type=click.Choice([split for split in pictures.SPLITS if split != "all"]),
+            show_default="validation",
+            help="Which images.",
+        ),
+        _DATA_DIR,
+        *_of_load(),
+        *_of_picture("side-by-side"),
+    ],
+)
 encode_command = click.Command(
     "encode",
     callback=_encode,
@@ -660,6 +728,31 @@ encode_command = click.Command(
             help="A new .npz, with q(z|x)'s mean and, where there are any, scale and labels.",
         ),
         click.Option(["--force"], is_flag=True, help="Replace the file if it is there."),
+    ],
+)
+
+
+def _report(run: str, out: str | None, cuda: bool, data_dir: str | None) -> None:
+    with _one_line_errors():
+        path = reports.path_for(run, out)
+        reports.save(reports.report(run, data_dir=data_dir, device=_device(cuda)), path)
+        click.echo(path)
+
+
+report_command = click.Command(
+    "report",
+    callback=_report,
+    help=SUMMARIES["report"],
+    params=[
+        _RUN,
+        _DATA_DIR,
+        *(_option(field) for field in fields(Config) if field.name == "cuda"),
+        click.Option(
+            ["--out", "-o"],
+            metavar="FILE",
+            show_default="RUN/report.html",
+            help="The page, in place of any that is there.",
+        ),
     ],
 )
 

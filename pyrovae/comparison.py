@@ -109,8 +109,18 @@ class Comparison:
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; None for what is not finite, which JSON does not have."""
+        """Plain types, for `from_json`; None for what is not finite, which JSON does not have."""
         return _finite(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, contents: dict[str, Any]) -> "Comparison":
+        """The inverse of `to_json`, but that what is not finite comes back as nan."""
+        rows = []
+        for row in contents["rows"]:
+            bias, memory = row["bias"], row["peak_memory"]
+            kept = {"bias": bias and BiasTest(**_restored(bias)), "peak_memory": memory}
+            rows.append(Row(**_restored(row) | kept))
+        return cls(**contents | {"rows": rows, "slopes": _restored(contents["slopes"])})
 
     def to_csv(self) -> str:
         """One line per row, with what is a number or a name; the settings in every line."""
@@ -171,9 +181,11 @@ USUAL = (
 
 
 def every_estimator() -> list[str]:
-    """The names of all estimators, with both gradients where there are two."""
+    """The names of all estimators of a bound, with both gradients where there are two."""
     labels = []
     for name, family in ESTIMATORS.items():
+        if not family.needs_density:
+            continue
         labels.append(name)
         labels += [f"{name}:{'pathwise' if use_rep else 'score'}" for use_rep in family.gradients[1:]]
     return labels
@@ -575,6 +587,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_restored, value))
+    return math.nan if value is None else value
 
 
 def _plain_of_bound(estimator: Estimator) -> Estimator:

@@ -3,11 +3,13 @@
 Each field is also an option of `pyrovae train`, and a key of a run's `config.json`.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +17,14 @@ import torch
 
 from pyrovae.data import DATASETS, Dataset, load_dataset
 from pyrovae.estimators import ESTIMATORS, Estimator
-from pyrovae.guides import GUIDES, SCALE_HEADS
+from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
 from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
 from pyrovae.vae import VAE
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(int(part) for part in text.split(",")) if text else ()
 
 
 def _directory(text: str) -> str:
@@ -55,11 +57,37 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _settings(part: type) -> set[str]:
+def flag(name: str) -> str:
+    """The option of the command line that sets a field."""
+    return "--" + name.replace("_", "-")
+
+
+def spelled(field: Field, value: Any) -> str:
+    """A field's value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ("/" if field.metadata["parse"] is _limit else ",").join(str(n) for n in value if n is not None)
+    return str(value)
+
+
+GUIDE_SETTINGS = (
+    "scale_head",
+    "rank",
+    "df",
+    "components",
+    "flow_depth",
+    "flow_width",
+    "refine_steps",
+    "refine_lr",
+    "refine_through",
+)
+
+
+@functools.cache  # a signature takes long to read, and each Config asks for all of them
+def _settings(part: type) -> frozenset[str]:
     """The fields of Config that are settings of this part alone, or of parts like it."""
     if dataclasses.is_dataclass(part):
-        return {field.name for field in fields(part)}
-    return {"alpha", "scale_head"} & inspect.signature(part).parameters.keys()
+        return frozenset(field.name for field in fields(part))
+    return frozenset({"alpha", *GUIDE_SETTINGS} & inspect.signature(part).parameters.keys())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +169,32 @@ class Config:
         shown="32,64,32",
     )
     activation: str | None = option(None, "Of the hidden layers.", choices=ACTIVATIONS, shown="elu")
-    guide: str = option("mean-field", "q(z|x).", choices=GUIDES)
+    conditional: bool = option(False, "Give the class to the encoder and the decoder: p(x|z, y), q(z|x, y).")
+    guide: str = option(
+        "mean-field", f"q(z|x): {', '.join(GUIDES)}, or package.module:Class of your own.", metavar="GUIDE"
+    )
     scale_head: str | None = option(
         None, "How a network output becomes the guide's variance.", choices=SCALE_HEADS, shown="exp"
+    )
+    rank: int | None = option(
+        None, "Columns of the factor of a low-rank guide.", parse=int, metavar="R", shown="2"
+    )
+    df: float | None = option(
+        None, "Degrees of freedom of a student-t guide, above 2.", parse=float, metavar="DF", shown="5.0"
+    )
+    components: int | None = option(None, "Gaussians in a mixture.", parse=int, metavar="N", shown="5")
+    flow_depth: int | None = option(None, "Steps of iaf and coupling.", parse=int, metavar="N", shown="4")
+    flow_width: int | None = option(
+        None, "Hidden units of the network of each of these steps.", parse=int, metavar="N", shown="64"
+    )
+    refine_steps: int | None = option(
+        None, "Gradient steps of a refined guide, per image.", parse=int, metavar="N", shown="5"
+    )
+    refine_lr: float | None = option(
+        None, "Their size, of natural gradients.", parse=float, metavar="LR", shown="0.5"
+    )
+    refine_through: bool | None = option(
+        None, "Gradients through these steps, or only to where they start.", parse=bool, shown="True"
     )
     estimator: str = option("elbo", "The bound and its gradient.", choices=ESTIMATORS)
     use_rep: bool | None = option(
@@ -187,7 +238,9 @@ class Config:
     )
 
     def __post_init__(self):
-        for name in ("latent_dim", "particles", "epochs", "batch_size", "patience", "held_out", "image_size"):
+        counts = "latent_dim", "particles", "epochs", "batch_size", "patience", "held_out", "image_size"
+        of_guides = "rank", "components", "flow_depth", "flow_width", "refine_steps"
+        for name in counts + of_guides:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
@@ -195,9 +248,10 @@ class Config:
             raise ValueError(f"expected limit of at least 1 image, got {self.limit}")
         if self.kl_warmup < 0:
             raise ValueError(f"expected kl_warmup >= 0, got {self.kl_warmup}")
-        for name in ("beta", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"expected {name} > 0, got {getattr(self, name)}")
+        for name, least in (("beta", 0), ("lr", 0), ("refine_lr", 0), ("df", 2)):
+            value = getattr(self, name)
+            if value is not None and not least < value < math.inf:
+                raise ValueError(f"expected {name} > {least}, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
         for field in fields(self):
@@ -206,16 +260,18 @@ class Config:
                 raise ValueError(f"expected {field.name} in {', '.join(choices)}, got {value!r}")
         self._check_belonging("likelihood", LIKELIHOODS)
         self._check_belonging("network", NETWORKS)
-        self._check_belonging("guide", GUIDES)
+        self._check_belonging("guide", GUIDES | {self.guide: guide_class(self.guide)})
         self._check_belonging("estimator", ESTIMATORS)
         self.make_likelihood(levels=256)
         self.make_network()
-        if self.make_estimator().importance_weighted:
+        estimator = self.make_estimator()
+        if estimator.importance_weighted or not estimator.needs_density:
+            why = "whose weights a scaled KL spoils" if estimator.importance_weighted else "which has no KL"
             for name, plain in (("beta", 1), ("kl_warmup", 0)):
                 if getattr(self, name) != plain:
                     raise ValueError(
-                        f"expected {name} {plain} with estimator {self.estimator!r}, whose weights a scaled KL "
-                        f"spoils, got {getattr(self, name)}"
+                        f"expected {name} {plain} with estimator {self.estimator!r}, {why}, "
+                        f"got {getattr(self, name)}"
                     )
 
     def make_dataset(self) -> Dataset:
@@ -240,16 +296,30 @@ class Config:
         family = NETWORKS[self.network]
         return family(**self._settings_of(family))
 
-    def make_vae(self, shape: tuple[int, int, int], levels: int) -> VAE:
-        """A VAE for images of this shape (C, H, W), with weights that the seed determines."""
+    def make_vae(self, shape: tuple[int, int, int], levels: int, classes: int = 0) -> VAE:
+        """A VAE for images of this shape (C, H, W), with weights that the seed determines.
+
+        Args:
+            levels: Grey levels of the images.
+            classes: How many there are, 0 without labels; for a conditional VAE only.
+
+        Raises:
+            ValueError: It is to be conditional and there are no classes.
+        """
+        if self.conditional and not classes:
+            raise ValueError("expected conditional with labels of 0 and up for every image, got images without")
+        classes = classes if self.conditional else 0
         likelihood, network = self.make_likelihood(levels), self.make_network()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             return VAE(
                 likelihood=likelihood,
-                decoder=network.decoder(self.latent_dim, shape, likelihood.outputs),
-                guide=GUIDES[self.guide](network.encoder(shape), self.latent_dim, **self._guide_settings()),
+                decoder=network.decoder(self.latent_dim + classes, shape, likelihood.outputs),
+                guide=make_guide(
+                    self.guide, network.encoder(shape, classes), self.latent_dim, **self._guide_settings()
+                ),
                 latent_dim=self.latent_dim,
+                classes=classes,
                 beta=self.beta,
             )
 
@@ -295,6 +365,33 @@ class Config:
             settings["dataset"] = str(path.resolve())
         return dataclasses.replace(self, **settings, **self._guide_settings())
 
+    def arguments(self, levels: int) -> list[str]:
+        """What to type after `train` for this run: the options without which it would be another.
+
+        Args:
+            levels: Grey levels of the images, on which a default depends.
+
+        Example:
+            >>> Config(likelihood="gaussian", c=0.05, hidden=(300, 20)).arguments(levels=17)
+            ['--likelihood', 'gaussian', '--hidden', '300,20']
+        """
+        run = self.resolved(levels)
+        values = {field: getattr(run, field.name) for field in fields(run)}
+        given = {field.name: value for field, value in values.items() if value != field.default}
+        for name in list(given):
+            fewer = {other: value for other, value in given.items() if other != name}
+            with contextlib.suppress(ValueError):  # another setting needs this one
+                if Config(**fewer).resolved(levels) == run:
+                    given = fewer
+        words = []
+        for field in fields(self):
+            value = given.get(field.name)
+            if isinstance(value, bool):
+                words.append(flag(field.name if value else f"no_{field.name}"))
+            elif value is not None:
+                words += [flag(field.name), spelled(field, value)]
+        return words
+
     def to_json(self) -> dict[str, Any]:
         """Plain types, for `from_json`."""
         return dataclasses.asdict(self)
@@ -313,9 +410,10 @@ class Config:
 
     def _guide_settings(self) -> dict[str, Any]:
         """The keyword arguments of the guide: this run's, else the family's defaults."""
-        parameters = inspect.signature(GUIDES[self.guide]).parameters.values()
-        settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        return {k: v if getattr(self, k) is None else getattr(self, k) for k, v in settings.items()}
+        family = guide_class(self.guide)
+        defaults = {name: inspect.signature(family).parameters[name].default for name in _settings(family)}
+        settings = {k: v if getattr(self, k) is None else getattr(self, k) for k, v in defaults.items()}
+        return {k: v for k, v in settings.items() if v is not inspect.Parameter.empty}
 
     def _settings_of(self, part: type) -> dict[str, Any]:
         """The part's settings that are not left to its defaults."""
@@ -324,10 +422,10 @@ class Config:
 
     def _check_belonging(self, role: str, registry: Mapping[str, type]) -> None:
         """No setting of a part that was not chosen: it would be ignored without a word."""
-        own = _settings(registry[getattr(self, role)])
-        for name, part in registry.items():
-            for setting in _settings(part) - own:
-                if getattr(self, setting) is not None:
-                    raise ValueError(
-                        f"expected {setting} with {role} {name!r} only, got it with {getattr(self, role)!r}"
-                    )
+        chosen = getattr(self, role)
+        for setting in sorted(set().union(*map(_settings, registry.values())) - _settings(registry[chosen])):
+            if getattr(self, setting) is not None:
+                owners = " or ".join(
+                    repr(name) for name, part in registry.items() if setting in _settings(part)
+                )
+                raise ValueError(f"expected {setting} with {role} {owners} only, got it with {chosen!r}")

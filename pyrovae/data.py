@@ -62,6 +62,14 @@ class Dataset:
         return self.train.shape
 
     @property
+    def classes(self) -> int:
+        """One more than the largest label; 0 where labels are missing or negative."""
+        labels = [images.labels for images in (self.train, self.validation, self.test)]
+        if any(part is None or (part < 0).any() for part in labels):
+            return 0
+        return 1 + max(int(part.max()) for part in labels)
+
+    @property
     def checksum(self) -> int:
         """A CRC-32 of the training and validation pixels: a resumed run needs the same data."""
         crc = 0

@@ -29,14 +29,19 @@ class Evaluation:
     Attributes:
         bound: What the estimator bounds log p(x) with: the ELBO, or a tighter one of importance weights.
         reconstruction: E_q[log p(x|z)].
-        kl: KL(q(z|x) || p(z)), without beta.
+        kl: KL(q(z|x) || p(z)), without beta; None where q(z|x) has no density.
         num_pixels: D, the observed numbers per image.
     """
 
     bound: float
     reconstruction: float
-    kl: float
+    kl: float | None
     num_pixels: int
+
+    @property
+    def elbo(self) -> float | None:
+        """None where there is no KL."""
+        return None if self.kl is None else self.reconstruction - self.kl
 
 
 def evaluate(
@@ -53,12 +58,13 @@ def evaluate(
     estimator = estimator or Elbo()
     sums = torch.zeros(3, dtype=torch.float64, device=images.pixels.device)
     with vae.evaluating(), seeded(seed, images.pixels.device), pyro.validation_enabled(False):
-        for pixels in images.pixels.flatten(1).split(batch_size):
-            draws = estimator.draws(*vae.pair, vae.likelihood.observe(pixels))
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            draws = estimator.draws(*vae.pair, vae.observe(batch.pixels.flatten(1), batch.labels))
             terms = estimator.bound(draws), estimator.reconstruction(draws), estimator.kl(draws)
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
     bound, reconstruction, kl = (sums / len(images)).tolist()
-    return Evaluation(bound, reconstruction, kl, math.prod(images.shape))
+    return Evaluation(bound, reconstruction, kl if vae.posterior.density else None, math.prod(images.shape))
 
 
 def bits_per_dim(likelihood: Likelihood, bound: float, num_pixels: int) -> float | None:
@@ -76,7 +82,7 @@ def without_constant(likelihood: Likelihood, bound: float, num_pixels: int) -> f
 
 
 def kl_per_image(
-    vae: VAE, x: Shaped[Tensor, "N D"], *, batch_size: int = 1000, seed: int = 0
+    vae: VAE, x: Shaped[Tensor, "N E"], *, batch_size: int = 1000, seed: int = 0
 ) -> Float[Tensor, "N L"] | None:
     """KL(q(z_l|x) || p(z_l)) of each image and latent dimension, in nats, on the CPU; rows sum to the KL.
 
@@ -101,18 +107,36 @@ def kl_per_image(
     return None if any(part is None for part in parts) else torch.cat(parts).double().cpu()
 
 
-def latent_means(vae: VAE, x: Shaped[Tensor, "N D"], *, batch_size: int = 1000) -> Float[Tensor, "N L"]:
+def latent_means(vae: VAE, x: Shaped[Tensor, "N E"], *, batch_size: int = 1000) -> Float[Tensor, "N L"]:
     """E_q[z] of each image, on the CPU."""
     return torch.cat(_of_posterior(vae, x, lambda q: q.mean, batch_size)).double().cpu()
 
 
 def _of_posterior(
-    vae: VAE, x: Shaped[Tensor, "N D"], term: Callable[[Distribution], Tensor | None], batch_size: int
+    vae: VAE, x: Shaped[Tensor, "N E"], term: Callable[[Distribution], Tensor | None], batch_size: int
 ) -> list[Tensor | None]:
     """A term of q(z|x), for so many images at a time."""
-    pixels = vae.likelihood.to_pixels(x).to(vae.zeros.dtype)
     with vae.evaluating(), pyro.validation_enabled(False):
-        return [term(vae.posterior(batch)) for batch in pixels.split(batch_size)]
+        return [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
+
+
+def squared_error(vae: VAE, images: Images, *, batch_size: int = 1000) -> float:
+    """||x - x'||^2, summed over pixels in [0, 1] and averaged over images; x' is decoded at q's mean."""
+    total = 0.0
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(vae.zeros.device)
+        again = vae.reconstruct(batch.pixels, batch.labels)
+        total += (batch.pixels - again).double().square().sum().item()
+    return total / len(images)
+
+
+def pca_squared_error(train: Images, images: Images, components: int) -> float:
+    """The same by principal components fitted to training images: the best that linear maps do there."""
+    from sklearn.decomposition import PCA
+
+    fitted, x = (part.pixels.flatten(1).double().cpu().numpy() for part in (train, images))
+    pca = PCA(min(components, *fitted.shape), random_state=0).fit(fitted)
+    return float(((x - pca.inverse_transform(pca.transform(x))) ** 2).sum() / len(x))
 
 
 def variance_of_means(means: Float[Tensor, "N L"]) -> Float[Tensor, " L"] | None:

@@ -1,6 +1,6 @@
 """Estimates of log p(x), the evidence of a VAE: importance sampling, prior samples, annealing.
 
-Each takes observations as `likelihood.observe` gives them, so that all estimates are of the same x,
+Each takes observations as `VAE.observe` gives them, so that all estimates are of the same x,
 and leaves the VAE and the random states as they were. Each estimates p(x) without bias, so that its
 logarithm is too small on average.
 """
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pyro
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from pyrovae.vae import VAE
@@ -51,12 +51,14 @@ class Evidence:
 class _Tally:
     """Sums over particles that come a few at a time, in float64."""
 
-    def __init__(self, x: Shaped[Tensor, "N D"]):
+    def __init__(self, x: Shaped[Tensor, "N E"]):
         zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         self.log_sum, self.log_squares = zeros - math.inf, zeros - math.inf
         self.sum_log, self.sum_lik = zeros.clone(), zeros.clone()
 
-    def add(self, rows: slice, log_weight: Float[Tensor, "K B"], log_lik: Float[Tensor, "K B"]) -> None:
+    def add(
+        self, rows: slice | Tensor, log_weight: Float[Tensor, "K B"], log_lik: Float[Tensor, "K B"]
+    ) -> None:
         log_weight = log_weight.double()
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_weight.logsumexp(0))
         self.log_squares[rows] = torch.logaddexp(self.log_squares[rows], (2 * log_weight).logsumexp(0))
@@ -76,7 +78,7 @@ class _Tally:
 
 def importance_weighted(
     vae: VAE,
-    x: Shaped[Tensor, "N D"],
+    x: Shaped[Tensor, "N E"],
     *,
     particles: int = 1000,
     seed: int = 0,
@@ -96,13 +98,12 @@ def importance_weighted(
     https://arxiv.org/abs/1509.00519, eq. 8.
     """
     chunk, tally = _chunk(vae, x, particles, batch_size), _Tally(x)
-    pixels = vae.likelihood.to_pixels(x).to(vae.zeros.dtype)
     with _evaluating(vae, seed):
         prior = vae.posterior.prior(vae.zeros)
         for i in range(len(x)):
-            q = vae.posterior(pixels[i : i + 1])
+            q = vae.posterior_of(x[i : i + 1])
             for z in q.sample((particles,)).split(chunk):
-                log_lik = _log_lik(vae, z, x[i])
+                log_lik = vae.log_lik(z, x[i])
                 tally.add(slice(i, i + 1), log_lik + prior.log_prob(z) - q.log_prob(z), log_lik)
             _report(progress, i + 1, len(x), "importance sampling")
     return tally.result(particles)
@@ -110,7 +111,7 @@ def importance_weighted(
 
 def naive(
     vae: VAE,
-    x: Shaped[Tensor, "N D"],
+    x: Shaped[Tensor, "N E"],
     *,
     particles: int = 1000,
     seed: int = 0,
@@ -132,11 +133,12 @@ def naive(
         samples = vae.posterior.prior(vae.zeros).sample((particles,))
         done = 0
         for z in samples.split(chunk // images):
-            p = vae.likelihood(vae.decoder(z).unsqueeze(1), **vae.learned)
-            for start in range(0, len(x), images):
-                rows = slice(start, start + images)
-                log_lik = p.log_prob(x[rows])
-                tally.add(rows, log_lik, log_lik)
+            for of_class in _by_class(vae, x):
+                observed, y = vae.split(x[of_class])
+                p = vae.likelihood_of(z.unsqueeze(1), None if y is None else y[0])
+                for part, rows in zip(observed.split(images), of_class.split(images), strict=True):
+                    log_lik = p.log_prob(part)
+                    tally.add(rows, log_lik, log_lik)
             done += len(z)
             _report(progress, done, particles, "prior samples")
     return tally.result(particles)
@@ -144,7 +146,7 @@ def naive(
 
 def annealed(
     vae: VAE,
-    x: Shaped[Tensor, "N D"],
+    x: Shaped[Tensor, "N E"],
     *,
     steps: int = 1000,
     chains: int = 16,
@@ -240,10 +242,10 @@ class _Point:
         )
 
 
-def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B D"]) -> _Point:
+def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B E"]) -> _Point:
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        log_prior, log_lik = vae.posterior.prior(vae.zeros).log_prob(z), _log_lik(vae, z, x)
+        log_prior, log_lik = vae.posterior.prior(vae.zeros).log_prob(z), vae.log_lik(z, x)
         gradients = (torch.autograd.grad(term.sum(), z)[0] for term in (log_prior, log_lik))
         return _Point(z.detach(), log_prior.detach(), log_lik.detach(), *gradients)
 
@@ -289,8 +291,11 @@ def _transition(
     return moved.or_else(point, accepted), log_ratio.clamp(max=0).exp()
 
 
-def _log_lik(vae: VAE, z: Float[Tensor, "*batch L"], x: Shaped[Tensor, "..."]) -> Float[Tensor, "*batch"]:
-    return vae.likelihood(vae.decoder(z), **vae.learned).log_prob(x)
+def _by_class(vae: VAE, x: Shaped[Tensor, "N E"]) -> tuple[Int[Tensor, " rows"], ...]:
+    """The rows of each class, which share p(x|z, y); all rows where there are none."""
+    y = vae.split(x)[1]
+    rows = torch.arange(len(x), device=x.device)
+    return (rows,) if y is None else tuple(rows[y[:, c] > 0] for c in y.any(0).nonzero()[:, 0])
 
 
 def _chunk(vae: VAE, x: Tensor, particles: int, batch_size: int | None, name: str = "particles") -> int:

@@ -21,12 +21,14 @@ def curves(history: Sequence[dict]) -> Figure:
     """ELBO, reconstruction and KL over epochs, training beside validation, in nats per image.
 
     Args:
-        history: Rows of `metrics.jsonl`, one per epoch.
+        history: Rows of `metrics.jsonl`, one per epoch; a term that the run does not have has no panel.
     """
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    terms = {term: title for term, title in TERMS.items() if history[0][term] is not None}
+    figure = Figure(figsize=(max(5, 10 / 3 * len(terms)), 3.2), layout="constrained")
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 3 else None
-    for axes, (term, title) in zip(figure.subplots(1, 3), TERMS.items(), strict=True):
+    every = figure.subplots(1, len(terms), squeeze=False)[0]
+    for axes, (term, title) in zip(every, terms.items(), strict=True):
         axes.plot(epochs, [row[term] for row in history], label="training", marker=marker)
         axes.plot(epochs, [row[f"validation_{term}"] for row in history], label="validation", marker=marker)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
@@ -46,7 +48,13 @@ def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
     figure.suptitle("solid: validation; dashed: training", fontsize="medium")
     every = figure.subplots(1, 3)
     for axes, (term, title) in zip(every, TERMS.items(), strict=True):
+        rows = [row for history in histories.values() for row in history if row[term] is not None]
+        if not rows:
+            axes.set_axis_off()
+            continue
         for i, (name, history) in enumerate(histories.items()):
+            if history[0][term] is None:
+                continue
             epochs = [row["epoch"] for row in history]
             style = {
                 "color": colormaps["tab20"](2 * i % 20 + i // 10 % 2),
@@ -56,9 +64,9 @@ def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
             axes.plot(epochs, [row[term] for row in history], linestyle="--", linewidth=0.8, **style)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        rows = [row for history in histories.values() for row in history]
         _focus(axes, [row[f"{prefix}{term}"] for row in rows for prefix in ("", "validation_")])
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    # Every run has a reconstruction, whatever else it has.
+    figure.legend(*every[1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     return figure
 
 
@@ -94,17 +102,13 @@ def grid(
         row_names: To stand left of the rows; none if empty.
         column_names: To stand below the columns; none if empty.
     """
-    channels, height, width = rows[0][0].shape
+    _, height, width = rows[0][0].shape
     columns = max(len(row) for row in rows)
-    canvas = torch.ones(channels, len(rows) * (height + 1) - 1, columns * (width + 1) - 1)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            canvas[:, i * (height + 1) :, j * (width + 1) :][:, :height, :width] = image
     wide = max(0.8 * columns, 0.08 * len(title))  # inches: room for the title
     figure = Figure(figsize=(wide, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize="medium")
-    _show(axes, canvas)
+    _show(axes, _canvas(rows))
     axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize="small")
     axes.set_xticks([j * (width + 1) + width / 2 for j in range(len(column_names))], column_names)
@@ -112,6 +116,16 @@ def grid(
     if not (row_names or column_names):
         axes.set_axis_off()
     return figure
+
+
+def _canvas(rows: Sequence[Sequence[Float[Tensor, "C H W"]]]) -> Float[Tensor, "C rows columns"]:
+    channels, height, width = rows[0][0].shape
+    columns = max(len(row) for row in rows)
+    canvas = torch.ones(channels, len(rows) * (height + 1) - 1, columns * (width + 1) - 1)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            canvas[:, i * (height + 1) :, j * (width + 1) :][:, :height, :width] = image
+    return canvas
 
 
 def manifold(
@@ -139,10 +153,14 @@ def manifold(
 def latent_cloud(z: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> Figure:
     """Encoded images as points, coloured by class where there are labels; circles mark the prior."""
     figure = cloud(z, labels, "means of q(z|x); dashed: one and two scales of p(z)")
+    _mark_prior(figure.axes[0])
+    return figure
+
+
+def _mark_prior(axes: Axes) -> None:
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius in (1, 2):
-        figure.axes[0].plot(radius * np.cos(angle), radius * np.sin(angle), "--", color="0.5", linewidth=0.8)
-    return figure
+        axes.plot(radius * np.cos(angle), radius * np.sin(angle), "--", color="0.5", linewidth=0.8)
 
 
 def cloud(
@@ -154,14 +172,57 @@ def cloud(
     """Points on two axes of one scale and these names, coloured by class where there are labels."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
-    size = np.clip(4000 / len(points), 3, 20)
-    values = points.detach().cpu().numpy()
-    for chosen, style in _classes(labels, len(points)):
-        axes.scatter(*values[chosen].T, s=size, alpha=0.7, linewidths=0, **style)
+    size = _scatter(axes, points, labels)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(title="class", markerscale=(30 / size) ** 0.5, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set(title=title, xlabel=names[0], ylabel=names[1])
     axes.set_aspect("equal", adjustable="datalim")
+    return figure
+
+
+def _scatter(axes: Axes, points: Float[Tensor, "N 2"], labels: Int[Tensor, " N"] | None) -> float:
+    """Points in the colours of their classes; gives their size."""
+    size = float(np.clip(4000 / len(points), 3, 20))
+    values = points.detach().cpu().numpy()
+    for chosen, style in _classes(labels, len(points)):
+        axes.scatter(*values[chosen].T, s=size, alpha=0.7, linewidths=0, **style)
+    return size
+
+
+def side_by_side(
+    clouds: Mapping[str, Float[Tensor, "N 2"]],
+    labels: Int[Tensor, " N"] | None,
+    samples: Sequence[Sequence[Sequence[Float[Tensor, "C H W"]]]],
+    errors: Mapping[str, float],
+) -> Figure:
+    """Models in columns: where they encode images, on one scale, and what they decode from prior draws.
+
+    Args:
+        clouds: By the model's name, its codes.
+        samples: For each model, rows of decoded images.
+        errors: Squared errors of reconstruction per image, by name, also of what has no column.
+    """
+    columns = len(clouds)
+    figure = Figure(figsize=(4.2 * columns + 0.6, 10), layout="constrained")
+    spaces = figure.add_gridspec(3, columns, height_ratios=[4, 4, 0.5 + 0.25 * len(errors)])
+    everything = torch.cat([torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), *(z.float() for z in clouds.values())])
+    left, bottom = (1.05 * everything.amin(0)).tolist()
+    right, top = (1.05 * everything.amax(0)).tolist()
+    for i, (name, points) in enumerate(clouds.items()):
+        axes = figure.add_subplot(spaces[0, i], xlim=(left, right), ylim=(bottom, top), aspect="equal")
+        _scatter(axes, points, labels)
+        _mark_prior(axes)
+        axes.set_title(f"{name}: codes\ndashed: one and two scales of p(z)", fontsize="medium")
+        decoded = figure.add_subplot(spaces[1, i])
+        _show(decoded, _canvas(samples[i]))
+        decoded.set_title("decoded from draws of p(z)", fontsize="medium")
+        decoded.set_axis_off()
+    bars = figure.add_subplot(spaces[2, :])
+    drawn = bars.barh(list(errors), list(errors.values()), color=[f"C{i}" for i in range(len(errors))])
+    bars.bar_label(drawn, fmt="%.2f", padding=3)
+    bars.invert_yaxis()
+    bars.margins(x=0.12)
+    bars.set_title("squared error of reconstruction, per image", fontsize="medium")
     return figure
 
 

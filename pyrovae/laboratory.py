@@ -20,7 +20,7 @@ from pyrovae.comparison import USUAL, Comparison, compare
 from pyrovae.config import Config
 from pyrovae.data import Dataset
 from pyrovae.evaluation import seeded
-from pyrovae.runs import load, new_directory, read_config
+from pyrovae.runs import RunError, load, new_directory, read_config
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
 from pyrovae.vae import VAE
@@ -67,10 +67,14 @@ class Measurement:
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
         """At the VAE's parameters, on the first validation images; settings go into the record."""
+        if not vae.posterior.density:
+            raise ValueError("expected a VAE, got an autoencoder, which has no ELBO to take gradients of")
         device = vae.zeros.device
         with seeded(self.seed, device):
-            pixels = dataset.validation.pixels.to(device).flatten(1).split(self.batch_size)
-            x, *others = (vae.likelihood.observe(batch) for batch in pixels[: max(1, self.batches)])
+            images = dataset.validation[: self.batch_size * max(1, self.batches)].to(device)
+            starts = range(0, len(images), self.batch_size)
+            parts = [images[start : start + self.batch_size] for start in starts]
+            x, *others = (vae.observe(part.pixels.flatten(1), part.labels) for part in parts)
         batches = [batch for batch in (x, *others) if len(batch) == len(x)][: self.batches]
         record = (settings or {}) | {"beta": vae.beta}  # which a warm-up changes from epoch to epoch
         return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=record)
@@ -91,7 +95,7 @@ class Measurement:
     def of_config(self, config: Config) -> Comparison:
         """At a new run's parameters before training."""
         dataset = config.make_dataset()
-        vae = config.make_vae(dataset.shape, dataset.levels).to(config.device())
+        vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(config.device())
         return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
 
     def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
@@ -104,7 +108,7 @@ class Measurement:
             raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
         dataset = config.make_dataset()
         config = config.resolved(dataset.levels)
-        vae = config.make_vae(dataset.shape, dataset.levels).to(config.device())
+        vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(config.device())
         on_device = dataset.to(config.device())
         found: dict[int, Comparison] = {}
 
@@ -177,6 +181,22 @@ def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:
         figure.savefig(directory / "variance-over-training.png", dpi=100)
 
 
+def read(directory: Path) -> Comparison | dict[int, Comparison]:
+    """The numbers that `write` left in a directory.
+
+    Raises:
+        RunError: They are damaged, or of another version.
+    """
+    path = directory / "variance.json"
+    try:
+        contents = json.loads(path.read_text())
+        if "rows" in contents:
+            return Comparison.from_json(contents)
+        return {int(epoch): Comparison.from_json(one) for epoch, one in contents.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"expected what variance writes in {path}, got: {error}; measure again") from None
+
+
 def title(comparison: Comparison, over_training: bool = False) -> str:
     """What all numbers of a comparison are conditional on."""
     s = comparison.settings
@@ -219,6 +239,20 @@ def results_directory(run: str | Path | None, out: str | Path | None) -> Iterato
 
 def table(comparison: Comparison) -> str:
     """The comparison as text, one line per row."""
+    lines = rows(comparison)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [title(comparison)]
+    for line in lines:
+        cells = [
+            cell.ljust(w) if i in (0, 2) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text + notes(comparison))
+
+
+def rows(comparison: Comparison) -> list[list[str]]:
+    """The table's cells, a head first."""
     head = ["estimator", "K", "bias", "tr Cov [95 %]", "ratio [95 %]", "SNR enc", "SNR dec", "ms/draw", "work"]
     lines = [head]
     known = any(row.truth for row in comparison.rows)
@@ -236,15 +270,7 @@ def table(comparison: Comparison) -> str:
             }
         cost = f"{1e3 * row.seconds:.2f}", f"{row.work:.3g}"
         lines.append([row.estimator, str(row.particles), row.verdict, *cells.values(), *cost])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [title(comparison)]
-    for line in lines:
-        cells = [
-            cell.ljust(w) if i in (0, 2) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text + _notes(comparison))
+    return lines
 
 
 def _snr(value: float, floor: float) -> str:
@@ -255,30 +281,31 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
     return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
+    """What the numbers mean, and what was not measured, a line each."""
     rows, between = comparison.rows, comparison.between_batches
     plain = ", ".join(dict.fromkeys(row.reference for row in rows))
-    notes = [
+    lines = [
         f"ratio: to {plain} of the same bound and K, under common noise. work: tr Cov x seconds per draw.",
         f"SNR: ||mean|| / sqrt(tr Cov); below {rows[0].noise_floor:.2g} it cannot be told from zero.",
     ]
     if any(row.truth for row in rows):
-        notes.append("in brackets (): the exact value.")
+        lines.append("in brackets (): the exact value.")
     for label, slopes in comparison.slopes.items():
         if label in ("iwae", "dreg", "vimco"):
             each = ", ".join(f"{group} {slope:+.2f}" for group, slope in slopes.items())
-            notes.append(f"slope of log SNR in log K, {label}: {each}")
+            lines.append(f"slope of log SNR in log K, {label}: {each}")
     if between:
-        notes.append(
+        lines.append(
             f"over {between['batches']} batches: tr Cov of the mean gradient {between['between']:.3g}, "
             f"beside {between['within']:.3g} of the noise within one ({between['estimator']})"
         )
     if comparison.settings["batch_norm"]:
-        notes.append("batch norm uses its running statistics, so that data do not touch each other.")
+        lines.append("batch norm uses its running statistics, so that data do not touch each other.")
     looped = {row.looped for row in rows if row.looped}
-    notes += [f"slower, one draw at a time: {reason}" for reason in sorted(looped)]
+    lines += [f"slower, one draw at a time: {reason}" for reason in sorted(looped)]
     reasons: dict[str, list[str]] = {}
     for label, reason in comparison.skipped.items():
         reasons.setdefault(reason.split(", got")[0], []).append(label)
-    notes += [f"not measured: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
-    return notes
+    lines += [f"not measured: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+    return lines

@@ -48,6 +48,10 @@ class Likelihood(abc.ABC):
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Observations to [0, 1]: what the encoder and the figures see."""
 
+    def from_pixels(self, pixels: Float[Tensor, "*batch D"]) -> Shaped[Tensor, "*batch D"]:
+        """The inverse of `to_pixels`, without chance: pixels that no observation has stay as they are."""
+        return pixels
+
     @abc.abstractmethod
     def mean(self, eta: Float[Tensor, "*batch D outputs"]) -> Float[Tensor, "*batch D"]:
         """The expected image, pixels in [0, 1]."""
@@ -298,6 +302,9 @@ class Categorical(Likelihood):
 
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return x.to(torch.get_default_dtype()) / (self.levels - 1)
+
+    def from_pixels(self, pixels: Float[Tensor, "*batch D"]) -> Shaped[Tensor, "*batch D"]:
+        return self.observe(pixels)
 
     def mean(self, eta: Float[Tensor, "*batch D outputs"]) -> Float[Tensor, "*batch D"]:
         grey = torch.linspace(0, 1, self.levels, dtype=eta.dtype, device=eta.device)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -65,16 +66,35 @@ class Decoder(nn.Module):
         return eta.transpose(-1, -2).reshape(*z.shape[:-1], math.prod(self.shape), self.outputs)
 
 
+class ClassPlanes(nn.Module):
+    """Pixels and a one-hot class, (N, D + classes), to an image with one more constant plane per class."""
+
+    def __init__(self, shape: ImageShape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Float[Tensor, "N D_and_classes"]) -> Float[Tensor, "N C_and_classes H W"]:
+        pixels, classes = x[:, : math.prod(self.shape)], x[:, math.prod(self.shape) :]
+        planes = classes[:, :, None, None].expand(-1, -1, *self.shape[1:])
+        return torch.cat([pixels.reshape(-1, *self.shape), planes], 1)
+
+
 class Network(abc.ABC):
     """A family of encoder and decoder. To add one, write both methods and a line in NETWORKS."""
 
     @abc.abstractmethod
-    def encoder(self, shape: ImageShape) -> Encoder:
-        """From images of this shape (C, H, W) to features; a guide's head follows."""
+    def encoder(self, shape: ImageShape, classes: int = 0) -> Encoder:
+        """From images of this shape (C, H, W) to features; a guide's head follows.
+
+        Of a conditional VAE, from the pixels with the one-hot class behind them, (..., D + classes).
+        """
 
     @abc.abstractmethod
     def decoder(self, latent_dim: int, shape: ImageShape, outputs: int) -> Decoder:
-        """From a latent vector to `outputs` numbers per pixel of images of this shape."""
+        """From a latent vector to `outputs` numbers per pixel of images of this shape.
+
+        Of a conditional VAE, `latent_dim` counts the one-hot class behind the latents as well.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +120,8 @@ class MLP(Network):
         _check_widths("hidden", self.hidden)
         _check_activation(self.activation)
 
-    def encoder(self, shape: ImageShape) -> Encoder:
-        size = math.prod(shape)
+    def encoder(self, shape: ImageShape, classes: int = 0) -> Encoder:
+        size = math.prod(shape) + classes
         return Encoder(self._layers((size, *self.hidden)), (size,), self.hidden[-1])
 
     def decoder(self, latent_dim: int, shape: ImageShape, outputs: int) -> Decoder:
@@ -143,14 +163,15 @@ class CNN(Network):
         _check_widths("channels", self.channels)
         _check_activation(self.activation)
 
-    def encoder(self, shape: ImageShape) -> Encoder:
-        body = nn.Sequential()
-        for fan_in, fan_out in pairwise((shape[0], *self.channels)):
+    def encoder(self, shape: ImageShape, classes: int = 0) -> Encoder:
+        body = nn.Sequential(*([ClassPlanes(shape)] if classes else []))
+        for fan_in, fan_out in pairwise((shape[0] + classes, *self.channels)):
             body.append(nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1))
             body.extend(self._norm(fan_out))
         body.append(nn.Flatten())
         height, width = self._sizes(shape)[-1]
-        return Encoder(body, shape, self.channels[-1] * height * width)
+        in_shape = (math.prod(shape) + classes,) if classes else shape
+        return Encoder(body, in_shape, self.channels[-1] * height * width)
 
     def decoder(self, latent_dim: int, shape: ImageShape, outputs: int) -> Decoder:
         sizes = self._sizes(shape)[::-1]

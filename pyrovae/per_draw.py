@@ -347,7 +347,7 @@ class _Apart(TorchFunctionMode):
             raise NotVectorized(f"its noise has settings of its own, {args[1:]}")
 
         def one(number: int, generator: torch.Generator) -> Tensor:
-            if name in ("bernoulli", "normal"):
+            if name in ("bernoulli", "normal", "_standard_gamma"):
                 here = slice(number * self.batch, (number + 1) * self.batch)
                 pieces = [a.expand(shape)[(slice(None),) * dim + (here,)].contiguous() for a in args]
                 return getattr(torch, name)(*pieces, generator=generator)
@@ -479,6 +479,7 @@ _SAMPLERS: dict[str, Callable[[tuple, dict], list[int]]] = {
     "randn_like": _shape_of_tensors,
     "rand_like": _shape_of_tensors,
     "bernoulli": _shape_of_tensors,
+    "_standard_gamma": _shape_of_tensors,
     "normal": _shape_of_tensors,
     "randn": _shape_of_size,
     "rand": _shape_of_size,

@@ -22,9 +22,9 @@ Example:
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,14 @@ import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pyrovae import data as sources
 from pyrovae import figures, runs
 from pyrovae.checkpoints import read_metrics
 from pyrovae.config import Config
 from pyrovae.data import DATASETS, Images, default_data_dir
+from pyrovae.evaluation import pca_squared_error, squared_error
 from pyrovae.vae import VAE, prior_grid
 
 SPLITS = ("train", "validation", "test", "all")
@@ -59,20 +61,30 @@ def reconstruct(
     """The first images above their reconstructions, at most this many."""
     _check("images", images, 1, MOST**2)
     vae = runs.load(run, which=which, device=device)
-    pixels = images_of(run, vae, split=split, data=data, data_dir=data_dir).pixels[:images]
+    shown = images_of(run, vae, split=split, data=data, data_dir=data_dir)[:images]
     name = f"{split or 'validation'} images" if data is None else f"images of {Path(data).name}"
-    return figures.reconstructions(
-        pixels, _in_batches(vae.reconstruct, pixels), f"{name} and their reconstructions"
-    )
+    reconstructed = _in_batches(vae.reconstruct, shown.pixels, shown.labels)
+    return figures.reconstructions(shown.pixels, reconstructed, f"{name} and their reconstructions")
 
 
-def sample(run: str | Path, *, n: int = 100, seed: int = 0, which: str = "best", device: str = "cpu") -> Figure:
-    """The expected images of n draws from the prior, as square a grid as n allows."""
+def sample(
+    run: str | Path,
+    *,
+    n: int = 100,
+    digit: int | None = None,
+    seed: int = 0,
+    which: str = "best",
+    device: str = "cpu",
+) -> Figure:
+    """The expected images of n draws from the prior, as square a grid as n allows.
+
+    Args:
+        digit: Of a conditional VAE, the one class to show; if None it shows a row for each class.
+    """
     _check("n", n, 1, MOST**2)
     vae = runs.load(run, which=which, device=device)
-    z = vae.draw(n, seed=seed)
-    rows = _in_batches(vae.decode, z).split(math.ceil(math.sqrt(n)))
-    return figures.grid([list(row) for row in rows], "E[x|z] for z from the prior")
+    _check_class(vae, digit)
+    return runs.samples(vae, n, seed=seed, label=digit)
 
 
 def interpolate(
@@ -104,13 +116,16 @@ def interpolate(
     images = images_of(run, vae, data_dir=data_dir)
     for index in chosen:
         _check(name, index, 0, len(images) - 1)
-    ends = images.pixels[list(chosen)]
-    codes = vae.encode(ends).cpu()
+    ends, labels = images.pixels[list(chosen)], images.labels
+    codes = vae.encode(ends, None if labels is None else labels[list(chosen)]).cpu()
+    if vae.classes:  # the class goes from one to the other along with the code
+        codes = torch.cat([codes, one_hot(labels[list(chosen)], vae.classes).to(codes)], -1)
     if corners is None:
         z = straight(codes[0], codes[1], steps).unsqueeze(0)
     else:
         z = straight(straight(codes[0], codes[2], steps), straight(codes[1], codes[3], steps), steps)
-    rows = [list(row) for row in _in_batches(vae.decode, z.flatten(0, 1)).unflatten(0, z.shape[:2])]
+    decoded = _in_batches(vae.decode, *z.flatten(0, 1).tensor_split([vae.latent_dim], -1))
+    rows = [list(row) for row in decoded.unflatten(0, z.shape[:2])]
     framed = [[torch.ones_like(ends[0]), *row, torch.ones_like(ends[0])] for row in rows]
     framed[0][0], framed[0][-1] = ends[0], ends[1]
     if corners is not None:
@@ -138,6 +153,7 @@ def manifold(
     steps: int | None = None,
     dims: int | None = None,
     image: int | None = None,
+    digit: int | None = None,
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
@@ -152,6 +168,7 @@ def manifold(
         steps: Decoded points along a dimension; 20 in a grid and 11 in a traversal if None.
         dims: How many dimensions to traverse, a row for each; all, at most 20, if None.
         image: The validation image at whose code the other dimensions stay; at zero if None.
+        digit: Of a conditional VAE, the class to decode; that of the image, or else 0, if None.
     """
     vae = _continuous(run, "a manifold", which, device)
     flat = vae.latent_dim == 2
@@ -161,19 +178,23 @@ def manifold(
         for name, value in {"dims": dims, "image": image}.items():
             if value is not None:
                 raise ValueError(f"expected {name} without 2 latent dimensions, which are a grid, got {value}")
+        _check_class(vae, digit)
         z, quantiles = prior_grid(steps)
-        decoded = _in_batches(vae.decode, z.flatten(0, 1)).unflatten(0, (steps, steps))
+        decoded = _decoded_as(vae, z, digit or 0)
         return figures.manifold(decoded, quantiles)
     dims = min(vae.latent_dim, 20) if dims is None else dims
     _check("dims", dims, 1, min(vae.latent_dim, MOST))
     images = images_of(run, vae, data_dir=data_dir)
     if image is not None:
         _check("image", image, 0, len(images) - 1)
-    means = _in_batches(vae.encode, images.pixels)
+        if digit is None and vae.classes:
+            digit = int(images.labels[image])
+    _check_class(vae, digit)
+    means = _in_batches(vae.encode, images.pixels, images.labels)
     order = means.var(dim=0, correction=0).argsort(descending=True)[:dims].tolist()
     values = prior_grid(steps)[0][0, :, 0]
     z = traversals(torch.zeros(vae.latent_dim) if image is None else means[image], order, values)
-    rows = _in_batches(vae.decode, z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    rows = _decoded_as(vae, z, digit or 0)
     place = "zero" if image is None else f"the code of validation image {image}"
     return figures.grid(
         [list(row) for row in rows],
@@ -222,7 +243,8 @@ def latent(
     images = images_of(run, vae, split=split, data=data, data_dir=data_dir)
     if limit is not None and limit < len(images):
         images = images[torch.arange(limit) * len(images) // limit]
-    z, labels, discrete = _in_batches(vae.encode, images.pixels), images.labels, vae.posterior.discrete
+    labels, discrete = images.labels, vae.posterior.discrete
+    z = _in_batches(vae.encode, images.pixels, labels)
     if vae.latent_dim == 1:
         return figures.latent_histogram(z[:, 0], labels, prior=not discrete)
     if vae.latent_dim == 2:
@@ -232,6 +254,74 @@ def latent(
     points, explained = _principal_components(z)
     names = [f"component {k} ({share:.0%} of the variance)" for k, share in enumerate(explained, start=1)]
     return figures.cloud(points, labels, "means of q(z|x) by principal components", names)
+
+
+def side_by_side(
+    *several: str | Path,
+    split: str | None = None,
+    data_dir: str | Path | None = None,
+    which: str = "best",
+    device: str = "cpu",
+) -> Figure:
+    """Runs beside each other, an autoencoder and a VAE say: codes on one scale, and decoded draws of the prior.
+
+    Below stand the errors of `reconstruction_errors`. More than two dimensions are shown by the first two
+    principal components of each run's codes.
+
+    Args:
+        several: Two or more runs on the same images, with two or more latent dimensions.
+    """
+    vaes, images, _ = _comparable(several, split, data_dir, which, device)
+    errors = reconstruction_errors(*several, split=split, data_dir=data_dir, which=which, device=device)
+    clouds, samples = {}, []
+    for name, vae in vaes.items():
+        if vae.latent_dim < 2:
+            raise ValueError(f"expected runs of 2 latent dimensions or more, got {vae.latent_dim} in {name}")
+        z = _in_batches(vae.encode, images.pixels, images.labels)
+        clouds[name] = z if vae.latent_dim == 2 else _principal_components(z)[0]
+        labels = torch.arange(36) % vae.classes if vae.classes else None
+        decoded = _in_batches(vae.decode, vae.draw(36, seed=0), labels)
+        samples.append([list(row) for row in decoded.split(6)])
+    return figures.side_by_side(clouds, images.labels, samples, errors)
+
+
+def reconstruction_errors(
+    *several: str | Path,
+    split: str | None = None,
+    data_dir: str | Path | None = None,
+    which: str = "best",
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Squared errors of reconstruction, summed over pixels and averaged over images, by run.
+
+    Beside them stands that of as many principal components, fitted to the training images.
+    """
+    vaes, images, train = _comparable(several, split, data_dir, which, device)
+    errors = {name: squared_error(vae, images) for name, vae in vaes.items()}
+    for dim in sorted({vae.latent_dim for vae in vaes.values()}):
+        errors[f"PCA, {dim} components"] = pca_squared_error(train, images, dim)
+    return errors
+
+
+def _comparable(
+    several: Sequence[str | Path], split: str | None, data_dir: str | Path | None, which: str, device: str
+) -> tuple[dict[str, VAE], Images, Images]:
+    """The VAEs by name, the images asked for, and the training images, which must be the same for all."""
+    if len(several) < 2 or len({Path(run).resolve() for run in several}) < len(several):
+        raise ValueError(f"expected at least two runs, and none twice, got {', '.join(map(str, several))}")
+    if split == "all":
+        raise ValueError("expected split of one kind, got all")
+    names = [Path(run).resolve().name for run in several]
+    vaes = {
+        f"{run if names.count(name) > 1 else name}": runs.load(run, which=which, device=device)
+        for run, name in zip(several, names, strict=True)
+    }
+    data = [runs.read_config(Path(run))[1] for run in several]
+    if any(described["checksum"] != data[0]["checksum"] for described in data):
+        raise ValueError(f"expected runs on the same images, got others in {', '.join(map(str, several))}")
+    first = next(iter(vaes.values()))
+    images = images_of(several[0], first, split=split, data_dir=data_dir)
+    return vaes, images, images_of(several[0], first, split="train", data_dir=data_dir)
 
 
 def _principal_components(z: Float[Tensor, "N L"]) -> tuple[Float[Tensor, "N 2"], list[float]]:
@@ -258,7 +348,7 @@ def _embedded(z: Float[Tensor, "N L"]) -> Float[Tensor, "N 2"]:
 
 def curves(*several: str | Path) -> Figure:
     """The bound's terms over epochs: of one run, or of several laid over one another."""
-    histories = [_history(Path(run)) for run in several]
+    histories = [history(Path(run)) for run in several]
     if len(histories) == 1:
         return figures.curves(histories[0])
     names = [Path(run).resolve().name for run in several]
@@ -269,7 +359,8 @@ def curves(*several: str | Path) -> Figure:
     return figures.overlaid_curves(dict(zip(names, histories, strict=True)))
 
 
-def _history(run: Path) -> list[dict]:
+def history(run: Path) -> list[dict]:
+    """A run's metrics, of one epoch at least."""
     runs.read_config(run)
     rows = read_metrics(run)
     needed = {"epoch", *(prefix + term for prefix in ("", "validation_") for term in figures.TERMS)}
@@ -299,7 +390,7 @@ class Latents:
             ValueError: It cannot be written there.
         """
         arrays = {name: value.numpy() for name, value in vars(self).items() if value is not None}
-        with _writing(Path(path)):
+        with writing(Path(path)):
             np.savez(path, **arrays)
 
 
@@ -315,12 +406,14 @@ def encode(
     """q(z|x) of images, in their order."""
     vae = runs.load(run, which=which, device=device)
     images = images_of(run, vae, split=split, data=data, data_dir=data_dir)
-    mean = _in_batches(vae.encode, images.pixels)
+    mean = _in_batches(vae.encode, images.pixels, images.labels)
     try:
         scale = (
             None
-            if vae.posterior.discrete
-            else _in_batches(lambda pixels: vae.approximate_posterior(pixels).stddev, images.pixels)
+            if vae.posterior.discrete or not vae.posterior.density
+            else _in_batches(
+                lambda *given: vae.approximate_posterior(*given).stddev, images.pixels, images.labels
+            )
         )
     except NotImplementedError:  # torch's word for a distribution without a closed form
         scale = None
@@ -352,6 +445,14 @@ def images_of(
         images = _every_image(config) if split == "all" else getattr(config.make_dataset(), split)
     except ValueError as error:
         raise ValueError(str(error).replace("expected dataset", "expected data", 1)) from None
+    if vae.classes and images.labels is None:
+        raise ValueError(
+            f"expected labels with the images, for a conditional VAE, got none in {config.dataset}"
+        )
+    if vae.classes and not 0 <= images.labels.min() <= images.labels.max() < vae.classes:
+        raise ValueError(
+            f"expected labels from 0 to {vae.classes - 1}, the run's, got others in {config.dataset}"
+        )
     if images.shape != vae.decoder.shape:
         got, needed = ("x".join(map(str, shape)) for shape in (images.shape, vae.decoder.shape))
         raise ValueError(
@@ -394,12 +495,12 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     Raises:
         ValueError: It cannot be written there.
     """
-    with _writing(path):
+    with writing(path):
         figure.savefig(path, dpi=dpi)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Makes the folders that a file needs; whatever forbids to write it there is one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -418,9 +519,27 @@ def _continuous(run: str | Path, what: str, which: str, device: str) -> VAE:
     return vae
 
 
-def _in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """The function of all inputs, on the CPU, whatever their number."""
-    return torch.cat([function(batch).cpu() for batch in inputs.split(BATCH)])
+def _in_batches(function: Callable[..., Tensor], inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The function of all inputs with their labels, on the CPU, whatever their number."""
+    of_labels = repeat(None) if labels is None else labels.split(BATCH)
+    return torch.cat(
+        [function(batch, y).cpu() for batch, y in zip(inputs.split(BATCH), of_labels, strict=False)]
+    )
+
+
+def _decoded_as(vae: VAE, z: Float[Tensor, "A B L"], label: int) -> Float[Tensor, "A B C H W"]:
+    """Decoded points of one class, where the VAE is conditional."""
+    flat = z.flatten(0, 1)
+    return _in_batches(vae.decode, flat, torch.full((len(flat),), label)).unflatten(0, z.shape[:2])
+
+
+def _check_class(vae: VAE, label: int | None) -> None:
+    if label is not None and not vae.classes:
+        raise ValueError(
+            "expected digit with a conditional VAE, got one without classes: train it --conditional"
+        )
+    if label is not None:
+        _check("digit", label, 0, vae.classes - 1)
 
 
 def _check(name: str, value: int, low: int, high: int) -> None:

@@ -10,12 +10,14 @@ figures/        pictures
 import contextlib
 import itertools
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from pyrovae import figures
 from pyrovae.checkpoints import explained, load_checkpoint, read_metrics, write_atomically
@@ -56,7 +58,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     device = config.device()
     dataset = config.make_dataset()
     config = config.resolved(dataset.levels)
-    vae = config.make_vae(dataset.shape, dataset.levels)
+    vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
     try:
         directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
@@ -87,7 +89,7 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     dataset = config.make_dataset()
     if described != _describe(dataset):
         raise RunError(f"expected the data that {directory} was trained on, got others from {config.dataset}")
-    vae = config.make_vae(dataset.shape, dataset.levels).to(device)
+    vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(device)
     # A damaged checkpoint must not cost the run its settings: it is read before they are written.
     state = load_checkpoint(directory / "checkpoint.pt", device)
     with explained(directory / "checkpoint.pt"):
@@ -120,7 +122,7 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
     path = directory / files[which]
     state = load_checkpoint(path, device)
     with explained(path):
-        vae = config.make_vae(tuple(data["shape"]), data["levels"]).to(device)
+        vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
         vae.load_state_dict(state["model"])
     return vae.eval()
 
@@ -151,6 +153,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     return {
         "shape": list(dataset.shape),
         "levels": dataset.levels,
+        "classes": dataset.classes,
         "train": len(dataset.train),
         "validation": len(dataset.validation),
         "test": len(dataset.test),
@@ -193,11 +196,12 @@ def new_directory(stem: Path, out: str | Path | None) -> Path:
 
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
     (directory / "figures").mkdir(exist_ok=True)
-    pictured = dataset.validation.pixels[:PICTURED]
+    pictured = dataset.validation[:PICTURED]
 
     def picture(epoch: int) -> None:
         if epoch in config.figure_epochs:
-            figure = figures.reconstructions(pictured, vae.reconstruct(pictured), f"epoch {epoch}")
+            reconstructed = vae.reconstruct(pictured.pixels, pictured.labels)
+            figure = figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}")
             figure.savefig(directory / "figures" / f"reconstructions-{epoch:04}.png", dpi=100)
 
     result = fit(
@@ -226,20 +230,42 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
     """The figures of a finished run, of its best parameters; they show validation images, never test."""
     vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.zeros.device)["model"])
     images = dataset.validation
-    first = images.pixels[:PICTURED]
+    first = images[:PICTURED]
     pictures = {
         "curves": figures.curves(read_metrics(directory)),
         "reconstructions": figures.reconstructions(
-            first, vae.reconstruct(first), "validation images and their reconstructions"
+            first.pixels,
+            vae.reconstruct(first.pixels, first.labels),
+            "validation images and their reconstructions",
         ),
-        "samples": figures.grid(
-            [list(row) for row in vae.sample(5 * PICTURED, seed=0).split(10)], "E[x|z] for z from the prior"
-        ),
+        "samples": samples(vae, 5 * PICTURED),
     }
     if vae.latent_dim == 2 and not vae.posterior.discrete:
-        z, quantiles = prior_grid(GRID_SIDE)
-        rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
-        pictures["manifold"] = figures.manifold(rows, quantiles)
-        pictures["latent"] = figures.latent_cloud(vae.encode(images.pixels), images.labels)
+        if not vae.classes:
+            z, quantiles = prior_grid(GRID_SIDE)
+            rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
+            pictures["manifold"] = figures.manifold(rows, quantiles)
+        pictures["latent"] = figures.latent_cloud(vae.encode(images.pixels, images.labels), images.labels)
     for name, figure in pictures.items():
         figure.savefig(directory / "figures" / f"{name}.png", dpi=100)
+
+
+def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:
+    """The expected images of draws from the prior, as square a grid of n as there is.
+
+    Of a conditional VAE and no label, a row for each class instead, of n images in all or as few more
+    as make rows of one length; a column has one z.
+    """
+    if not vae.classes or label is not None:
+        labels = None if label is None else torch.tensor([label])
+        side = math.ceil(math.sqrt(n))
+        rows = [
+            list(vae.decode(z, None if labels is None else labels.expand(len(z))).cpu())
+            for z in vae.draw(n, seed=seed).split(side)
+        ]
+        given = "z" if label is None else f"z, y = {label}"
+        return figures.grid(rows, f"E[x|{given}] for z from the prior")
+    z = vae.draw(math.ceil(n / vae.classes), seed=seed)
+    rows = [list(vae.decode(z, torch.full((len(z),), y)).cpu()) for y in range(vae.classes)]
+    title = "E[x|z, y]: a class y in each row, a z from the prior in each column"
+    return figures.grid(rows, title, row_names=[str(y) for y in range(vae.classes)])

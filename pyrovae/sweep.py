@@ -36,6 +36,7 @@ METRICS = {
     "loss_without_constant": "final training loss, SSE/(2c) + KL",
     "elbo": "final training ELBO",
     "validation_elbo": "best validation ELBO",
+    "validation_reconstruction": "best validation reconstruction",  # of an autoencoder, which has no ELBO
 }  # columns of the table, in nats per image
 
 
@@ -267,11 +268,14 @@ def _state(run: Path) -> str:
 
 def _metrics(run: Path) -> Settings:
     rows = read_metrics(run)
-    best, loss = max(rows, key=lambda row: row["validation_bound"]), rows[-1]["loss_without_constant"]
+    best, last = max(rows, key=lambda row: row["validation_bound"]), rows[-1]
+    objective = last["reconstruction"] if last["elbo"] is None else last["elbo"]
+    loss = last["loss_without_constant"]
     return {
-        "loss_without_constant": None if loss == -rows[-1]["elbo"] else loss,  # None: nothing was left out
-        "elbo": rows[-1]["elbo"],
+        "loss_without_constant": None if loss == -objective else loss,  # None: nothing was left out
+        "elbo": last["elbo"],
         "validation_elbo": best["validation_elbo"],
+        "validation_reconstruction": best["validation_reconstruction"] if last["elbo"] is None else None,
     }
 
 

@@ -118,7 +118,7 @@ class LinearGaussian:
         return LinearGaussianPair(self)
 
     def truth(self, estimator: Estimator) -> Truth | None:
-        """The exact moments of one draw of the estimator's gradient of its bound.
+        """The exact moments of one draw of the estimator's gradient of its bound, or of its objective.
 
         A baseline counts at the value that it has now. None where neither a closed form nor a grid
         is at hand: importance weights of more than MAX_GRID_PARTICLES particles, or ones so uneven that a
@@ -187,11 +187,11 @@ class LinearGaussian:
     def _plain(self, name, estimator, eps, f, score, total, path) -> Float[np.ndarray, "2 K N"]:
         if name == "stl":
             return path
-        if name == "analytic-kl":
+        if name in ("analytic-kl", "reconstruction"):
             a, b, c = self.log_lik
             lik = a + b * eps + c * eps**2
             slope = (b + 2 * c * eps) / self.s
-            of_kl = np.array([self.mu, self.s**2 - 1])[:, None, None]
+            of_kl = (name == "analytic-kl") * np.array([self.mu, self.s**2 - 1])[:, None, None]
             along = np.stack([np.ones_like(eps), self.s * eps])
             return (slope * along if estimator.use_rep else lik * score) - of_kl
         if estimator.use_rep:

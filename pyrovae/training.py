@@ -39,7 +39,7 @@ from pyrovae.checkpoints import (
 )
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
-from pyrovae.evaluation import evaluate, without_constant
+from pyrovae.evaluation import Evaluation, evaluate, without_constant
 from pyrovae.vae import VAE
 
 
@@ -121,7 +121,8 @@ def fit(
     Returns:
         Metrics per epoch, in nats per image: the estimator's `bound` (at the VAE's beta, as it is
         trained), `elbo`, `reconstruction` and `kl` as averages over the training epoch, and over the
-        validation images; `loss_without_constant` is SSE/(2c) + KL for a Gaussian.
+        validation images; `loss_without_constant` is SSE/(2c) + KL for a Gaussian. Where q(z|x) has no
+        density, `elbo` and `kl` are None, and that loss is SSE/(2c).
 
     Raises:
         ValueError: epochs or batch_size is less than 1, or a KL warm-up would spoil importance weights.
@@ -180,7 +181,8 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
     smallest = min(batch_sizes(len(images), batch_size))
     try:
         with preserved_random_states():
-            observed = vae.likelihood.observe(images.pixels[:smallest].flatten(1))
+            labels = None if images.labels is None else images.labels[:smallest]
+            observed = vae.observe(images.pixels[:smallest].flatten(1), labels)
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0]) from None  # without the shapes that Pyro appends
@@ -233,11 +235,14 @@ class _Trainer:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
         indices = self._order().split(self.sizes)
-        pixels = self.train.pixels.flatten(1)
+        pixels, labels = self.train.pixels.flatten(1), self.train.labels if self.vae.classes else None
         self.vae.train()
         for batch in range(self.progress.batch, self.batches):
             with pyro.validation_enabled(self.progress.epoch == batch == 0):
-                self._step(pixels.index_select(0, indices[batch]))
+                chosen = indices[batch]
+                self._step(
+                    pixels.index_select(0, chosen), None if labels is None else labels.index_select(0, chosen)
+                )
             self.progress.batch = batch + 1
             bar.update()
             if signals.received and self.progress.batch < self.batches:
@@ -254,10 +259,10 @@ class _Trainer:
         generator = torch.Generator().manual_seed(int(entropy))
         return torch.randperm(len(self.train), generator=generator).to(self.device, non_blocking=True)
 
-    def _step(self, pixels: Float[Tensor, "B D"]) -> None:
+    def _step(self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None = None) -> None:
         self.vae.beta = self._beta()
         self.optimizer.zero_grad(set_to_none=True)
-        draws = self.estimator.draws(*self.vae.pair, self.vae.likelihood.observe(pixels))
+        draws = self.estimator.draws(*self.vae.pair, self.vae.observe(pixels, labels))
         (-self.estimator.surrogate(draws).mean()).backward()
         self.optimizer.step()
         self.estimator.adapt(draws)
@@ -273,21 +278,23 @@ class _Trainer:
         return self.beta * min(1.0, step / steps) if steps else self.beta
 
     def _finish_epoch(self, started: float) -> None:
-        bound, reconstruction, kl = (self.sums / len(self.train)).tolist()
+        means = (self.sums / len(self.train)).tolist()
         result = evaluate(
             self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
         )
-        elbo = reconstruction - kl
+        if not self.vae.posterior.density:
+            means[-1] = None
+        trained = Evaluation(*means, result.num_pixels)
         row: Row = {
             "epoch": self.progress.epoch + 1,
-            "bound": bound,
-            "elbo": elbo,
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "loss_without_constant": without_constant(self.vae.likelihood, elbo, result.num_pixels),
+            "bound": trained.bound,
+            "elbo": trained.elbo,
+            "reconstruction": trained.reconstruction,
+            "kl": trained.kl,
+            "loss_without_constant": self._without_constant(trained),
             "beta": self.vae.beta,
-            "validation_bound": result.bound - (self.beta - 1) * result.kl,
-            "validation_elbo": result.reconstruction - result.kl,
+            "validation_bound": result.bound - (self.beta - 1) * (result.kl or 0.0),
+            "validation_elbo": result.elbo,
             "validation_reconstruction": result.reconstruction,
             "validation_kl": result.kl,
             **{name: value.item() for name, value in self.vae.learned.items()},
@@ -305,6 +312,10 @@ class _Trainer:
             p.stale += 1
         self.over()
         self.save()
+
+    def _without_constant(self, result: Evaluation) -> float | None:
+        objective = result.reconstruction if result.elbo is None else result.elbo
+        return without_constant(self.vae.likelihood, objective, result.num_pixels)
 
     def _check_finite(self, terms: Row) -> None:
         """Before anything is saved: these terms, and every parameter."""
@@ -372,6 +383,8 @@ _TERMS = ("bound", "reconstruction", "kl")
 
 def describe(row: Row) -> str:
     """One epoch in a few words: ELBO, reconstruction and KL, the validation ELBO, and a tighter bound."""
+    if row["elbo"] is None:
+        return f"rec {row['reconstruction']:.2f}, validation {row['validation_reconstruction']:.2f}"
     text = (
         f"ELBO {row['elbo']:.2f} = rec {row['reconstruction']:.2f} - KL {row['kl']:.2f}, "
         f"validation {row['validation_elbo']:.2f}"

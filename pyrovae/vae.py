@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 import pyro
 import pyro.poutine as poutine
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.functional import one_hot
 
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
@@ -19,18 +20,25 @@ from pyrovae.networks import Decoder
 class VAE(PyroModule):
     """p(z) p(x|z) and q(z|x), with sites "z" and "x" in the plate "data".
 
+    With C classes it is conditional, p(z) p(x|z, y) and q(z|x, y) (Learning Structured Output
+    Representation using Deep Conditional Generative Models, Sohn, Yan & Lee, 2015,
+    https://papers.nips.cc/paper/5775, with a prior that does not see y): the class y, one-hot, stands
+    behind the pixels in every observation, (B, D + C), behind the pixels that the guide gets, and
+    behind the latents that the decoder gets. Every p(x) is then p(x|y).
+
     Args:
         likelihood: The decoder's numbers to p(x|z).
-        decoder: Latents (..., L) to (..., D, likelihood.outputs).
-        guide: Pixels (..., D) to q(z|x); becomes the attribute `posterior`. It brings p(z) as well,
+        decoder: Latents (..., L + C) to (..., D, likelihood.outputs).
+        guide: Pixels (..., D + C) to q(z|x); becomes the attribute `posterior`. It brings p(z) as well,
             N(0, I) but for a discrete one.
         latent_dim: L.
+        classes: C; 0 for a VAE that sees no labels.
         beta: The weight of the KL, > 0. At 1 the objective is the ELBO (beta-VAE, Higgins et al.,
             2017, https://openreview.net/forum?id=Sy2fzU9gl, eq. 4).
 
     Raises:
-        ValueError: latent_dim < 1, or beta is not positive; the plain autoencoder's beta = 0 is not
-            a probability model.
+        ValueError: latent_dim < 1, classes < 0, or beta is not positive; the plain autoencoder's
+            beta = 0 is not a probability model.
 
     Example:
         >>> from pyrovae.networks import MLP
@@ -48,9 +56,18 @@ class VAE(PyroModule):
     """
 
     def __init__(
-        self, *, likelihood: Likelihood, decoder: Decoder, guide: Guide, latent_dim: int, beta: float = 1.0
+        self,
+        *,
+        likelihood: Likelihood,
+        decoder: Decoder,
+        guide: Guide,
+        latent_dim: int,
+        classes: int = 0,
+        beta: float = 1.0,
     ):
         super().__init__()
+        if classes < 0:
+            raise ValueError(f"expected classes >= 0, got {classes}")
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
         if not beta > 0:
@@ -58,7 +75,9 @@ class VAE(PyroModule):
         self.likelihood = likelihood
         self.decoder = decoder
         self.posterior = guide
+        guide.attach(self._log_weight)
         self.latent_dim = latent_dim
+        self.classes = classes
         self.beta = beta
         # Not PyroParams: Pyro reads those from its global store, where the value of an earlier VAE
         # may stand under the same name.
@@ -68,13 +87,13 @@ class VAE(PyroModule):
         self.register_buffer("zeros", torch.zeros(latent_dim), persistent=False)
 
     @pyro_method
-    def model(self, x: Shaped[Tensor, "B D"]) -> None:
-        """p(z)^beta p(x|z) for observations x (B, D), as `likelihood.observe` gives them."""
+    def model(self, x: Shaped[Tensor, "B E"]) -> None:
+        """p(z)^beta p(x|z) for observations as `observe` gives them, (B, D) or (B, D + C)."""
         self._model(x)
 
     @pyro_method
-    def guide(self, x: Shaped[Tensor, "B D"]) -> None:
-        """q(z|x)^beta for observations x (B, D)."""
+    def guide(self, x: Shaped[Tensor, "B E"]) -> None:
+        """q(z|x)^beta for observations as `observe` gives them, (B, D) or (B, D + C)."""
         self._guide(x)
 
     @property
@@ -86,15 +105,83 @@ class VAE(PyroModule):
         """
         return self._model, self._guide
 
-    def _model(self, x: Shaped[Tensor, "B D"]) -> None:
+    def _model(self, x: Shaped[Tensor, "B E"]) -> None:
+        observed, y = self.split(x)
         with pyro.plate("data", len(x), dim=-1):
             with self._scaled():
                 z = pyro.sample("z", self.posterior.prior(self.zeros))
-            pyro.sample("x", self.likelihood(self.decoder(z), **self.learned), obs=x)
+            pyro.sample("x", self.likelihood_of(z, y), obs=observed)
 
-    def _guide(self, x: Shaped[Tensor, "B D"]) -> None:
+    def _guide(self, x: Shaped[Tensor, "B E"]) -> None:
         with pyro.plate("data", len(x), dim=-1), self._scaled():
-            pyro.sample("z", self.posterior(self.likelihood.to_pixels(x).to(self.zeros.dtype)))
+            pyro.sample("z", self.posterior_of(x))
+
+    def observe(
+        self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None = None
+    ) -> Shaped[Tensor, "B E"]:
+        """Images as the likelihood observes them, (B, D), and their classes one-hot if it is conditional.
+
+        Args:
+            pixels: In [0, 1].
+            labels: From 0 to C - 1; not looked at where the VAE is not conditional.
+
+        Raises:
+            ValueError: It is conditional and there are no labels.
+        """
+        observed = self.likelihood.observe(pixels)
+        return torch.cat([observed, self._one_hot(labels).to(observed)], -1) if self.classes else observed
+
+    def split(self, x: Shaped[Tensor, "*batch E"]) -> tuple[Shaped[Tensor, "*batch D"], Tensor | None]:
+        """Observations apart: what the likelihood sees, and the one-hot class, None if there is none."""
+        return (x[..., : -self.classes], x[..., -self.classes :]) if self.classes else (x, None)
+
+    def posterior_of(self, x: Shaped[Tensor, "*batch E"]) -> Distribution:
+        """q(z|x) of observations: batch shape that of x, event shape (L,)."""
+        observed, y = self.split(x)
+        pixels = self.likelihood.to_pixels(observed).to(self.zeros.dtype)
+        return self.posterior(pixels if y is None else torch.cat([pixels, y.to(pixels)], -1))
+
+    def likelihood_of(
+        self, z: Float[Tensor, "*batch L"], y: Shaped[Tensor, "..."] | None = None
+    ) -> Distribution:
+        """p(x|z) or p(x|z, y), event shape (D,), for one-hot classes y (C,) or (..., C)."""
+        if y is not None:
+            z = torch.cat([z, y.to(z).expand(*z.shape[:-1], -1)], -1)
+        return self.likelihood(self.decoder(z), **self.learned)
+
+    def log_lik(self, z: Float[Tensor, "*batch L"], x: Shaped[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+        """log p(x|z) in nats, for observations x that broadcast against z."""
+        observed, y = self.split(x)
+        return self.likelihood_of(z, y).log_prob(observed)
+
+    def _one_hot(self, labels: Tensor | None) -> Tensor:
+        """Classes as vectors, (..., C); float vectors stay as they are."""
+        if labels is None:
+            raise ValueError(f"expected labels, from 0 to {self.classes - 1}, for a conditional VAE, got none")
+        return labels if labels.is_floating_point() else one_hot(labels, self.classes)
+
+    def _condition(self, labels: Tensor | None) -> Tensor | None:
+        """The same of labels from outside, which may be wrong; None for a VAE that sees none."""
+        if not self.classes:
+            return None
+        vectors = labels is not None and labels.is_floating_point()
+        if labels is not None and not vectors and not ((labels >= 0) & (labels < self.classes)).all():
+            wrong = labels[(labels < 0) | (labels >= self.classes)][0].item()
+            raise ValueError(f"expected labels from 0 to {self.classes - 1}, got {wrong}")
+        return self._one_hot(None if labels is None else labels.to(self.zeros.device)).to(self.zeros)
+
+    def _log_weight(
+        self, pixels: Float[Tensor, "*batch D"], q: Distribution, z: Float[Tensor, "M *batch L"]
+    ) -> Float[Tensor, "M *batch"]:
+        """log p(x|z) / beta + log p(z) - log q(z|x) for what the guide is given, in nats.
+
+        Grey pixels of a Bernoulli count as the mean over what may be drawn from them.
+        """
+        with pyro.validation_enabled(False):
+            pixels, y = self.split(pixels)
+            log_lik = self.likelihood_of(z, y).log_prob(self.likelihood.from_pixels(pixels))
+            log_ratio = self.posterior.prior(self.zeros).log_prob(z) - q.log_prob(z)
+        return log_lik / self.beta + log_ratio
 
     def _scaled(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.beta == 1 else poutine.scale(scale=self.beta)
@@ -113,29 +200,46 @@ class VAE(PyroModule):
                 module.training = training
             self.beta = beta
 
-    def approximate_posterior(self, images: Float[Tensor, "N ..."]) -> Distribution:
-        """q(z|x) of images with pixels in [0, 1], (N, C, H, W) or (N, D): batch (N,), event (L,)."""
-        pixels = images.reshape(len(images), -1).to(self.zeros)
-        with self.evaluating():
-            return self.posterior(pixels)
+    def approximate_posterior(
+        self, images: Float[Tensor, "N ..."], labels: Tensor | None = None
+    ) -> Distribution:
+        """q(z|x) of images with pixels in [0, 1], (N, C, H, W) or (N, D): batch (N,), event (L,).
 
-    def encode(self, images: Float[Tensor, "N ..."]) -> Float[Tensor, "N L"]:
+        Args:
+            labels: Classes (N,) or weights of classes (N, C), which a conditional VAE needs and others ignore;
+                here and in the methods below.
+
+        Raises:
+            ValueError: A conditional VAE has no labels, or ones that are no classes of its.
+        """
+        pixels, y = images.reshape(len(images), -1).to(self.zeros), self._condition(labels)
+        with self.evaluating():
+            return self.posterior(pixels if y is None else torch.cat([pixels, y], -1))
+
+    def encode(self, images: Float[Tensor, "N ..."], labels: Tensor | None = None) -> Float[Tensor, "N L"]:
         """The mean of q(z|x) for images with pixels in [0, 1], (N, C, H, W) or (N, D)."""
-        return self.approximate_posterior(images).mean
+        return self.approximate_posterior(images, labels).mean
 
-    def decode(self, z: Float[Tensor, "*batch L"]) -> Float[Tensor, "*batch C H W"]:
-        """The expected images E[x|z], pixels in [0, 1]."""
+    def decode(
+        self, z: Float[Tensor, "*batch L"], labels: Tensor | None = None
+    ) -> Float[Tensor, "*batch channels H W"]:
+        """The expected images E[x|z], pixels in [0, 1]; labels (*batch) or (*batch, C)."""
+        given, y = z.to(self.zeros), self._condition(labels)
         with self.evaluating():
-            pixels = self.likelihood.mean(self.decoder(z.to(self.zeros)))
+            pixels = self.likelihood.mean(self.decoder(given if y is None else torch.cat([given, y], -1)))
         return pixels.reshape(*z.shape[:-1], *self.decoder.shape)
 
-    def reconstruct(self, images: Float[Tensor, "N ..."]) -> Float[Tensor, "N C H W"]:
+    def reconstruct(
+        self, images: Float[Tensor, "N ..."], labels: Tensor | None = None
+    ) -> Float[Tensor, "N channels H W"]:
         """The expected images at q(z|x)'s mean, or at its most probable code, for (N, C, H, W) or (N, D)."""
-        return self.decode(self.posterior.point(self.approximate_posterior(images)))
+        return self.decode(self.posterior.point(self.approximate_posterior(images, labels)), labels)
 
-    def sample(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n C H W"]:
+    def sample(
+        self, n: int, labels: Tensor | None = None, *, seed: int | None = None
+    ) -> Float[Tensor, "n channels H W"]:
         """The expected images of n draws from the prior; with a seed, the same ones each time."""
-        return self.decode(self.draw(n, seed=seed))
+        return self.decode(self.draw(n, seed=seed), labels)
 
     def draw(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n L"]:
         """n draws of z from the prior, on the CPU; with a seed, the same ones each time."""

@@ -33,10 +33,10 @@ def _isolated():
 
 @pytest.fixture
 def make_vae():
-    """make_vae(shape, levels, **settings of Config) -> VAE."""
+    """make_vae(shape, levels, classes, **settings of Config) -> VAE."""
 
-    def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, **settings) -> VAE:
-        return Config(**settings).make_vae(shape, levels)
+    def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, classes: int = 0, **settings) -> VAE:
+        return Config(**settings).make_vae(shape, levels, classes)
 
     return make
 

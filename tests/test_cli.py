@@ -152,6 +152,16 @@ OTHER_FLAGS = {
     "--channels",
     "--activation",
     "--scale-head",
+    "--rank",
+    "--df",
+    "--components",
+    "--flow-depth",
+    "--flow-width",
+    "--refine-steps",
+    "--refine-lr",
+    "--refine-through",
+    "--conditional",
+    "--autoencoder",
     "--use-rep",
     "--beta",
     "--kl-warmup",
@@ -169,7 +179,7 @@ def test_flags_of_train():
     assert {name: option.opts[1] for name, option in options.items() if option.opts[1:]} == SHORT_FLAGS
     assert options.keys() == SHORT_FLAGS.keys() | OTHER_FLAGS
     assert options["--use-rep"].secondary_opts == ["--no-use-rep"]
-    own = {"out", "resume", "recipe", "quiet"}
+    own = {"out", "resume", "recipe", "autoencoder", "quiet"}
     assert {option.name for option in options.values()} == {field.name for field in fields(Config)} | own
 
 
@@ -339,6 +349,10 @@ def test_a_failed_run_is_one_line_and_exit_code_1():
         ("variance --fresh --at 1", "--at"),
         ("variance --fresh --along --at 1,two", "--at"),
         ("variance --fresh --latent-dim 0", "--latent-dim"),
+        ("train --guide nowhere:Mine", "--guide"),
+        ("train --guide iaf -z 1", "--latent-dim"),
+        ("train --guide student-t --df 2", "--df"),
+        ("train --rank 2", "--rank"),
         ("variance --fresh --batch-size 0", "--batch-size"),
         ("variance --fresh --batches -1", "--batches"),
         ("variance --fresh --dataset missing.npz", "missing.npz"),

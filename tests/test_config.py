@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
+import re
+from inspect import signature
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pyrovae import runs
 from pyrovae.config import Config
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS, Renyi
-from pyrovae.guides import GUIDES, SCALE_HEADS, MeanField
+from pyrovae.guides import GUIDES, SCALE_HEADS
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
 from pyrovae.networks import ACTIVATIONS, NETWORKS
-from tests.combinations import EVERY, EXISTING, refusal, several
+from tests.combinations import EVERY, EXISTING, FEW, KINDS, SMALL, refusal, several
 
 counts = st.integers(1, 10**6)
 weights = st.floats(0, 1e6, exclude_min=True)
@@ -35,6 +38,17 @@ LIKELIHOOD_SETTINGS = {
     "gaussian": optional("c", weights | st.just("learned")),
     "categorical": optional("levels", st.integers(2, 256)),
 }
+GUIDE_SETTINGS = {
+    "scale_head": st.sampled_from(list(SCALE_HEADS)),
+    "rank": counts,
+    "df": st.floats(2, 1e6, exclude_min=True),
+    "components": counts,
+    "flow_depth": counts,
+    "flow_width": counts,
+    "refine_steps": counts,
+    "refine_lr": weights,
+    "refine_through": st.booleans(),
+}
 NETWORK_SETTINGS = {"mlp": optional("hidden", widths), "cnn": optional("channels", widths)}
 COMMON_SETTINGS = st.fixed_dictionaries(
     {},
@@ -44,7 +58,6 @@ COMMON_SETTINGS = st.fixed_dictionaries(
         "limit": st.tuples(counts, counts | st.none()),
         "latent_dim": counts,
         "activation": st.sampled_from(list(ACTIVATIONS)),
-        "guide": st.sampled_from(list(GUIDES)),
         "lr": weights,
         "patience": counts | st.none(),
         "seed": st.integers(0, 2**32 - 1),
@@ -58,7 +71,7 @@ def estimator_settings(draw) -> dict:
     name = draw(st.sampled_from(list(ESTIMATORS)))
     family = ESTIMATORS[name]
     optional = {"use_rep": st.sampled_from(family.gradients)}
-    if not family.importance_weighted:
+    if not family.importance_weighted and family.needs_density:
         optional |= {"beta": weights, "kl_warmup": st.integers(0, 100)}
     if name == "renyi":
         optional["alpha"] = st.floats(0, 1, exclude_max=True)
@@ -74,7 +87,11 @@ def estimator_settings(draw) -> dict:
 @st.composite
 def valid_settings(draw) -> dict:
     likelihood, network = draw(st.sampled_from(list(LIKELIHOODS))), draw(st.sampled_from(list(NETWORKS)))
+    guide = draw(st.sampled_from(list(GUIDES)))
+    of_guide = {name: s for name, s in GUIDE_SETTINGS.items() if name in signature(GUIDES[guide]).parameters}
     return {
+        "guide": guide,
+        **draw(st.fixed_dictionaries({}, optional=of_guide)),
         "likelihood": likelihood,
         "network": network,
         **draw(LIKELIHOOD_SETTINGS.get(likelihood, st.just({}))),
@@ -133,6 +150,12 @@ INVALID_WITH = {
     ("likelihood", "bernoulli"): {"c": [0.05, "learned"], "levels": [4]},
     ("likelihood", "continuous-bernoulli"): {"c": [0.05], "levels": [4], "binarize": ["soft"]},
     ("guide", "bernoulli-code"): {"scale_head": ["exp"]},
+    ("guide", "mean-field"): {"rank": [1], "components": [2], "flow_depth": [2], "refine_through": [True]},
+    ("guide", "low-rank"): {"rank": [0, -1], "df": [5.0]},
+    ("guide", "student-t"): {"df": [2.0, math.nan, math.inf]},
+    ("guide", "mixture"): {"components": [0]},
+    ("guide", "iaf"): {"flow_depth": [0], "flow_width": [0], "rank": [1]},
+    ("guide", "refined"): {"refine_steps": [0], "refine_lr": [0.0, math.nan, math.inf]},
     ("network", "mlp"): {"hidden": [(), (0,), (10, -1)], "channels": [(8,)]},
     ("network", "cnn"): {"channels": [(), (0,), (8, -1)], "hidden": [(8,)]},
     ("estimator", "elbo"): {"alpha": [0.0, 0.5]},
@@ -184,8 +207,8 @@ def test_weights_do_not_depend_on_what_comes_after_them(make_vae):
     """One seed serves every estimator: a comparison of estimators starts from the same weights."""
     for guide in GUIDES:
         vaes = [
-            make_vae(estimator=name, use_rep=use_rep, guide=guide, particles=several(name))
-            for name, use_rep, existing in EXISTING
+            make_vae(estimator=name, use_rep=use_rep, guide=guide, particles=several(name), hidden=(8,))
+            for name, use_rep, existing in FEW
             if existing == guide
         ]
         assert all(torch.equal(weights_of(vae), weights_of(vaes[0])) for vae in vaes)
@@ -226,7 +249,7 @@ def assert_every_parameter_receives_gradient(config: Config, shape: tuple[int, i
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)], ids=str)
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", KINDS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("settings", every_setting(), ids=lambda settings: "-".join(settings.values()))
 def test_every_parameter_receives_gradient(settings, network, guide, shape):
@@ -240,7 +263,7 @@ def test_every_parameter_receives_gradient(settings, network, guide, shape):
 
 @pytest.mark.parametrize(("estimator", "use_rep", "guide"), EVERY)
 def test_an_estimator_trains_every_parameter_or_is_refused(estimator, use_rep, guide):
-    parts = {"estimator": estimator, "use_rep": use_rep, "guide": guide, "hidden": (16,)}
+    parts = {"estimator": estimator, "use_rep": use_rep, "guide": guide, "hidden": (16,)} | SMALL.get(guide, {})
     pattern = refusal(estimator, use_rep, guide)
     with contextlib.nullcontext() if pattern is None else pytest.raises(ValueError, match=rf"\A{pattern}.*\Z"):
         for particles in (None, several(estimator)):
@@ -259,14 +282,133 @@ def test_every_setting_of_a_part_is_a_setting_of_a_run():
     names = {field.name for field in dataclasses.fields(Config)}
     for part in (*LIKELIHOODS.values(), *NETWORKS.values()):
         assert {field.name for field in dataclasses.fields(part)} <= names
+    for guide in GUIDES.values():
+        assert {p.name for p in signature(guide).parameters.values() if p.kind is p.KEYWORD_ONLY} <= names
 
 
 def test_the_defaults_that_help_shows_are_those_of_the_parts():
     shown = {field.name: field.metadata.get("shown") for field in dataclasses.fields(Config)}
     parts = [*LIKELIHOODS.values(), *NETWORKS.values()]
     defaults = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
-    defaults["scale_head"] = inspect.signature(MeanField).parameters["scale_head"].default
-    defaults["alpha"] = inspect.signature(Renyi).parameters["alpha"].default
+    settings = [p for part in (*GUIDES.values(), Renyi) for p in signature(part).parameters.values()]
+    defaults |= {p.name: p.default for p in settings if p.kind is p.KEYWORD_ONLY}
     del defaults["levels"]  # depends on the data
     for name, default in defaults.items():
         assert shown[name] == (",".join(map(str, default)) if isinstance(default, tuple) else str(default))
+
+
+# Guides of one's own
+
+OWN = """
+import pyro.distributions as dist
+from torch import nn
+from pyrovae import Guide, MeanField
+
+
+class Shifted(MeanField):
+    pass
+
+
+class Scaled(Guide):
+    def __init__(self, encoder, latent_dim, *, rank: int = 3, own: float = 0.5):
+        super().__init__()
+        self.loc = nn.Sequential(encoder, nn.Linear(encoder.out_features, latent_dim))
+        self.rank, self.own = rank, own
+
+    def forward(self, x):
+        return dist.Normal(self.loc(x), self.own).to_event(1)
+
+
+class Needy(Scaled):
+    def __init__(self, encoder, latent_dim, *, wish):
+        super().__init__(encoder, latent_dim)
+
+
+class Abstract(Guide):
+    pass
+
+
+def function(encoder, latent_dim):
+    return Scaled(encoder, latent_dim)
+"""
+
+
+@pytest.fixture
+def _own(tmp_path, monkeypatch):
+    """A module of one's own in the working directory, and one that cannot be imported."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_guides.py").write_text(OWN)
+    Path("own_broken.py").write_text("1 / 0")
+
+
+@pytest.mark.usefixtures("_own")
+def test_a_guide_of_ones_own_is_named_by_its_module_and_class(monkeypatch):
+    monkeypatch.setattr(runs, "_picture", lambda *_: None)
+    config = Config(
+        guide="own_guides:Scaled",
+        rank=4,
+        hidden=(6,),
+        limit=(16, 8),
+        epochs=1,
+        figure_epochs=(),
+        estimator="stl",
+    )
+    run, _ = runs.train(config, out="run")
+    assert json.loads((run / "config.json").read_text())["config"]["guide"] == "own_guides:Scaled"
+    vae = runs.load(run)
+    assert (type(vae.posterior).__name__, vae.posterior.rank, vae.posterior.own) == ("Scaled", 4, 0.5)
+    assert Config(guide="own_guides:Scaled").resolved(17).rank == 3
+    assert Config(guide="own_guides:Shifted").resolved(17).scale_head == "exp"
+    Path(run / "config.json").write_text((run / "config.json").read_text().replace("own_guides", "own_gone"))
+    with pytest.raises(runs.RunError, match=r"\Aexpected the settings of a run in .*own_gone.*\Z"):
+        runs.load(run)
+
+
+@pytest.mark.usefixtures("_own")
+@pytest.mark.parametrize(
+    ("guide", "settings", "message"),
+    [
+        (
+            "own_guides",
+            {},
+            "expected guide in mean-field, .*, or package.module:Class of your own, got 'own_guides'",
+        ),
+        (
+            "own_nothing:Scaled",
+            {},
+            "expected guide .* in a module to import, got ModuleNotFoundError: .*'own_nothing'",
+        ),
+        ("own_broken:Scaled", {}, "expected guide .* in a module to import, got ZeroDivisionError: .*"),
+        (":Scaled", {}, "expected guide ':Scaled' in a module to import, got .*"),
+        (
+            "own_guides:Nothing",
+            {},
+            "expected guide .* a subclass of pyrovae.Guide with forward, got no 'Nothing' there",
+        ),
+        (
+            "own_guides:function",
+            {},
+            "expected guide .* a subclass of pyrovae.Guide with forward, got <function.*",
+        ),
+        ("own_guides:Abstract", {}, "expected guide .* a subclass of pyrovae.Guide with forward, got <class.*"),
+        (
+            "own_guides:Needy",
+            {},
+            r"expected guide .* to be made as Needy\(encoder, latent_dim\), got TypeError: .*'wish'",
+        ),
+        (
+            "own_guides:Scaled",
+            {"df": 3.0},
+            "expected df with guide 'student-t' only, got it with 'own_guides:Scaled'",
+        ),
+    ],
+)
+def test_what_is_no_guide_of_ones_own_is_one_line(guide, settings, message):
+    with pytest.raises(ValueError, match=rf"\A{message}\Z"):
+        Config(guide=guide, **settings).make_vae((1, 4, 4), 17)
+
+
+def test_a_setting_names_all_families_that_take_it():
+    message = "expected flow_depth with guide 'iaf' or 'coupling' only, got it with 'mixture'"
+    with pytest.raises(ValueError, match=rf"\A{re.escape(message)}\Z"):
+        Config(guide="mixture", flow_depth=3)

@@ -39,7 +39,18 @@ from pyrovae.estimators import (
 )
 from pyrovae.testbed import NODES
 from pyrovae.training import fit
-from tests.combinations import EVERY, EXISTING, OF_CODES, OF_GAUSSIANS, refusal, several, takes
+from tests.combinations import (
+    EVERY,
+    EXISTING,
+    FEW,
+    KINDS,
+    OF_CODES,
+    OF_GAUSSIANS,
+    SMALL,
+    refusal,
+    several,
+    takes,
+)
 from tests.linear_gaussian import CASES, MILD, NAMES, TABLED, Copies, given_noise, grid
 
 # In standard errors. With 400 such comparisons in the suite, two-sided, a false alarm in 2e-5 of suites.
@@ -130,7 +141,9 @@ def test_bound_is_the_exact_elbo_on_average(estimator):
     assert abs(bound.mean() - case.elbo) < LIMIT * bound.std() / math.sqrt(n)
 
 
-@pytest.mark.parametrize("way", [way for way in ways(1, 4) if way[0] != "analytic-kl"], ids=str)
+@pytest.mark.parametrize(
+    "way", [way for way in ways(1, 4) if way[0] not in ("analytic-kl", "reconstruction")], ids=str
+)
 def test_every_bound_is_log_evidence_at_the_posterior(way):
     case, estimator = TABLED["posterior"], build(*way)
     bound = estimator.bound(Copies(case, 7).draws(estimator))
@@ -293,9 +306,9 @@ def test_importance_weighted_bounds_equal_pyro_under_the_same_noise(make_vae, li
         torch.testing.assert_close(*both_losses(vae, estimator, theirs), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("name", "use_rep", "guide"), EVERY)
+@pytest.mark.parametrize(("name", "use_rep", "guide"), sorted({*FEW, *(w for w in EVERY if w[2] in KINDS)}))
 def test_runs_under_svi_and_trains_every_parameter_or_is_refused(make_vae, name, use_rep, guide):
-    vae = make_vae(hidden=(16,), guide=guide)
+    vae = make_vae(hidden=(16,), guide=guide, **SMALL.get(guide, {}))
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     x, pattern = torch.bernoulli(torch.rand(32, 64)), refusal(name, use_rep, guide)
     with contextlib.nullcontext() if pattern is None else pytest.raises(ValueError, match=rf"\A{pattern}.*\Z"):
@@ -785,7 +798,7 @@ def test_pathwise_refuses_a_guide_without_rsample():
 
 def test_analytic_kl_refuses_a_pair_without_closed_form():
     with pytest.raises(ValueError, match=r"expected a closed-form KL.*use the estimator 'elbo'"):
-        AnalyticKL().loss(*Copies(TABLED["off"], 3, student).pair)
+        AnalyticKL().loss(*Copies(TABLED["off"], 3, dist.Cauchy).pair)
 
 
 def student(loc, scale):

@@ -212,7 +212,7 @@ def test_every_likelihood_and_guide(make_vae, likelihood, guide):
         assert found.without_constant == without_constant(vae.likelihood, found.elbo.mean, 64)
     else:
         assert found.without_constant is None
-    json.dumps(found.to_json(), allow_nan=False)
+    assert Assessment.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
 
 
 def test_the_elbo_is_that_of_evaluate(make_vae):
@@ -254,7 +254,7 @@ def test_odd_data(make_vae, data):
     found = Examination(particles=20, ais=2, ais_steps=3, ais_chains=2).of_vae(vae, data)
     assert found.settings["images"] == len(data.test)
     assert found.settings["ais"] == min(2, len(data.test))
-    json.dumps(found.to_json(), allow_nan=False)
+    assert Assessment.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
     assert "ELBO" in assessment.table(found)
     if len(data.test) == 1:
         assert found.latents.active is found.latents.variance_of_means is None

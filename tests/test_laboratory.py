@@ -14,7 +14,16 @@ from PIL import Image
 from pyrovae import comparison, runs, variance
 from pyrovae.comparison import USUAL, Comparison, Row
 from pyrovae.config import Config
-from pyrovae.laboratory import TESTBEDS, Measurement, directory_for, results_directory, table, title, write
+from pyrovae.laboratory import (
+    TESTBEDS,
+    Measurement,
+    directory_for,
+    read,
+    results_directory,
+    table,
+    title,
+    write,
+)
 from pyrovae.runs import RunError
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
@@ -235,6 +244,7 @@ def test_results_are_three_files(tmp_path, of_testbed):
     contents = json.loads((tmp_path / "variance.json").read_text())
     assert contents["rows"] == json.loads(json.dumps(of_testbed.to_json()["rows"]))
     assert contents["settings"]["testbed"] == repr(LinearGaussian())
+    assert table(read(tmp_path)) == table(of_testbed)
     with open(tmp_path / "variance.csv") as file:
         assert len(list(csv.DictReader(file))) == len(of_testbed.rows)
     with Image.open(tmp_path / "variance.png") as image:
@@ -249,6 +259,9 @@ def test_results_along_a_run_are_by_epoch(tmp_path, along):
     assert {path.name for path in tmp_path.iterdir()} == names
     contents = json.loads((tmp_path / "variance.json").read_text())
     assert list(contents) == ["0", "2"]
+    assert {epoch: table(found) for epoch, found in read(tmp_path).items()} == {
+        epoch: table(found) for epoch, found in along.items()
+    }
     with open(tmp_path / "variance.csv") as file:
         lines = list(csv.DictReader(file))
     assert [int(line["epoch"]) for line in lines] == [0, 2]

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import jaxtyping
 import numpy as np
@@ -17,11 +18,10 @@ from torch.distributions import constraints
 from pyrovae import per_draw
 from pyrovae.comparison import every_estimator, parse
 from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rloo, RunningMean, Vimco
-from pyrovae.guides import GUIDES
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.per_draw import Gradient, NotVectorized
 from pyrovae.variance import GradientStats, gradient_moments
-from tests.combinations import refusal, several, takes
+from tests.combinations import KINDS, SMALL, refusal, several, takes
 
 F64 = torch.float64
 DRAWS = 4
@@ -120,7 +120,7 @@ def ways(guide: str) -> list[tuple[str, int]]:
 
 @pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize(
-    ("guide", "label", "particles"), [(guide, *way) for guide in GUIDES for way in ways(guide)]
+    ("guide", "label", "particles"), [(guide, *way) for guide in KINDS for way in ways(guide)]
 )
 def test_one_pass_equals_a_loop_for_every_estimator(make_vae, guide, label, particles):
     vae, x = setting(make_vae, guide=guide, latent_dim=3)
@@ -129,6 +129,25 @@ def test_one_pass_equals_a_loop_for_every_estimator(make_vae, guide, label, part
     stats = moments(vae, estimator, x, vectorize=True)
     assert stats.looped == ""
     assert_same(stats, one_by_one(vae, estimator, x))
+
+
+@pytest.mark.parametrize("guide", ["full-covariance", "low-rank", "student-t", "mixture", "coupling"])
+def test_one_pass_equals_a_loop_for_every_density(make_vae, guide):
+    vae, x = setting(make_vae, guide=guide, latent_dim=3, **SMALL.get(guide, {}))
+    for estimator in (Rloo(num_particles=4), Dreg(num_particles=4)):
+        stats = moments(vae, estimator, x, vectorize=True)
+        assert_same(stats, one_by_one(vae, estimator, x))
+
+
+@pytest.mark.parametrize(
+    ("guide", "reason"),
+    [("iaf", "the parameter posterior.steps.0.* is not a layer's"), ("refined", "another gradient of decoder")],
+)
+def test_draws_of_the_others_are_taken_one_by_one_and_it_is_said_why(make_vae, guide, reason):
+    vae, x = setting(make_vae, guide=guide, latent_dim=3, **SMALL[guide])
+    stats = moments(vae, Elbo(), x)
+    assert re.search(reason, stats.looped)
+    assert_same(stats, one_by_one(vae, Elbo(), x))
 
 
 EVERY_PART = [(network, likelihood) for network in NETWORKS for likelihood in LIKELIHOODS]
@@ -173,11 +192,11 @@ def test_any_number_of_draws(make_vae, draws):
 
 @pytest.mark.usefixtures("_without_checks_of_shapes")
 @pytest.mark.parametrize("particles", [4, 8])
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", ["mean-field", "bernoulli-code", "low-rank", "student-t", "mixture"])
 def test_shapes_that_coincide(make_vae, particles, guide):
     """With 2 data, a pass over 4 draws has as many rows as z has dimensions, and at times as particles."""
     vae, x = setting(make_vae, batch=2, latent_dim=8, guide=guide)
-    estimator = Elbo(num_particles=particles, use_rep=guide == "mean-field")
+    estimator = Elbo(num_particles=particles, use_rep=guide != "bernoulli-code")
     assert_same(moments(vae, estimator, x, draws=4), one_by_one(vae, estimator, x, draws=4))
 
 

@@ -362,7 +362,7 @@ def test_a_guide_without_a_known_scale_has_none(made, monkeypatch):
         stddev = property(lambda self: (_ for _ in ()).throw(NotImplementedError))
 
     monkeypatch.setattr(
-        pictures.VAE, "approximate_posterior", lambda self, x: Scaleless(torch.zeros(len(x), 2), 1.0)
+        pictures.VAE, "approximate_posterior", lambda self, x, y: Scaleless(torch.zeros(len(x), 2), 1.0)
     )
     assert pictures.encode(made / "plane").scale is None
 

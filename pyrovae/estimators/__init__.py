@@ -2,7 +2,14 @@
 
 from pyrovae.estimators.base import Draws, Estimator
 from pyrovae.estimators.importance_weighted import Dreg, Iwae, Renyi, Rws, StlIwae, Vimco
-from pyrovae.estimators.pathwise import AnalyticKL, Antithetic, Elbo, MeasureValued, StickingTheLanding
+from pyrovae.estimators.pathwise import (
+    AnalyticKL,
+    Antithetic,
+    Elbo,
+    MeasureValued,
+    Reconstruction,
+    StickingTheLanding,
+)
 from pyrovae.estimators.score_function import DisArm, Enumerate, LearnedBaseline, Rloo, RunningMean
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -22,6 +29,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "dreg": Dreg,
     "stl-iwae": StlIwae,
     "rws": Rws,
+    "reconstruction": Reconstruction,
 }
 
 __all__ = [
@@ -37,6 +45,7 @@ __all__ = [
     "Iwae",
     "LearnedBaseline",
     "MeasureValued",
+    "Reconstruction",
     "Renyi",
     "Rloo",
     "RunningMean",

@@ -13,6 +13,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float, Shaped
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
@@ -25,6 +26,7 @@ from torch.distributions import (
     Distribution,
     Independent,
     Laplace,
+    LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
     StudentT,
@@ -82,6 +84,11 @@ class Draws:
         """Whether a site has a weight (beta) other than 1, so that log_weight is no importance weight."""
         sites = (*self.guide_sites.values(), *self.model_sites.values(), *self.observed_sites.values())
         return any(site["scale"] != self.subsampling for site in sites)
+
+    @property
+    def point_masses(self) -> list[str]:
+        """The guide's sites that put all their mass on a point."""
+        return [name for name, site in self.guide_sites.items() if isinstance(_base(site["fn"]), Delta)]
 
     def _validate(self) -> None:
         if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
@@ -236,6 +243,7 @@ class Estimator(ELBO, abc.ABC):
         particles: The least and the largest K (None without a limit).
         importance_weighted: Whether the bound is made of importance weights, which beta != 1 spoils.
         independent: Whether a particle's gradient uses that the other particles are independent of it.
+        needs_density: Whether it is a bound on log p(x), to which log q(z|x) belongs.
 
     Raises:
         ValueError: There is no such estimator.
@@ -245,6 +253,7 @@ class Estimator(ELBO, abc.ABC):
     particles: ClassVar[tuple[int, int | None]] = (1, None)
     importance_weighted: ClassVar[bool] = False
     independent: ClassVar[bool] = False
+    needs_density: ClassVar[bool] = True
 
     def __init__(
         self, *, num_particles: int | None = None, use_rep: bool | None = None, antithetic: bool = False
@@ -302,8 +311,8 @@ class Estimator(ELBO, abc.ABC):
 
         Raises:
             ValueError: `use_rep` is True and the guide has a site without a reparameterized sampler,
-                the bound has importance weights and a site is scaled (beta != 1), or the pair is not
-                one that `Draws` describes.
+                the bound has importance weights and a site is scaled (beta != 1), the guide puts all
+                its mass on a point, or the pair is not one that `Draws` describes.
         """
 
         def bound_model():
@@ -314,6 +323,11 @@ class Estimator(ELBO, abc.ABC):
 
         model_trace, guide_trace = self._get_vectorized_trace(bound_model, bound_guide, (), {})
         draws = Draws(model_trace, guide_trace, self.num_particles, bound_model, bound_guide)
+        if self.needs_density and draws.point_masses:
+            raise ValueError(
+                f"expected a guide with a density for {type(self).__name__}, got a point mass at site "
+                f"{draws.point_masses[0]!r}, which has no ELBO: use the estimator 'reconstruction'"
+            )
         if self.importance_weighted and draws.is_scaled:
             raise ValueError(
                 f"expected beta = 1 for {type(self).__name__}: another makes its weights no importance weights"
@@ -383,8 +397,9 @@ def antithetic_pairs(fn: Distribution) -> Tensor:
     Raises:
         NoMirrorImage: It is not known how to mirror the noise of this distribution.
     """
-    if isinstance(fn, Independent):
-        return antithetic_pairs(fn.base_dist)
+    fn = _base(fn)
+    if isinstance(fn, Delta):
+        return fn.rsample()
     if isinstance(fn, TransformedDistribution):
         value = antithetic_pairs(fn.base_dist)
         for transform in fn.transforms:
@@ -399,7 +414,15 @@ def antithetic_pairs(fn: Distribution) -> Tensor:
     if isinstance(fn, MultivariateNormal):
         noise = torch.randn_like(fn.loc[::2])
         return fn.loc + (fn.scale_tril @ _interleave(noise, -noise).unsqueeze(-1)).squeeze(-1)
+    if isinstance(fn, LowRankMultivariateNormal):
+        noise = (fn.rsample() - fn.loc)[::2]
+        return fn.loc + _interleave(noise, -noise)
     raise NoMirrorImage(f"expected a guide whose noise can be mirrored for antithetic pairs, got {fn}")
+
+
+def _base(fn: Distribution) -> Distribution:
+    """What stands below its event dimensions."""
+    return _base(fn.base_dist) if isinstance(fn, Independent) else fn
 
 
 def _interleave(even: Shaped[Tensor, "half ..."], odd: Shaped[Tensor, "half ..."]) -> Shaped[Tensor, "K ..."]:

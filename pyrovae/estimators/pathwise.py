@@ -93,6 +93,27 @@ class Antithetic(Elbo):
         super().__init__(antithetic=antithetic, **settings)
 
 
+class Reconstruction(Estimator):
+    """The mean of log p(x|z) alone: the autoencoder's objective, which bounds nothing.
+
+    Under a Gaussian likelihood it is the squared error, times -1/(2c) and up to a constant. For a guide
+    with a density it is the ELBO's limit at beta = 0.
+
+    Example:
+        >>> Reconstruction().needs_density
+        False
+    """
+
+    gradients: ClassVar = (True,)
+    needs_density: ClassVar = False
+
+    def bound(self, draws: Draws) -> Float[Tensor, " B"]:
+        return draws.log_lik.mean(0)
+
+    def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        return draws.log_lik.mean(0)
+
+
 class MeasureValued(Elbo):
     """The ELBO by measure-valued derivatives of a Gaussian q, with coupled samples.
 
