@@ -306,16 +306,16 @@ def reconstruction_errors(
 def _comparable(
     several: Sequence[str | Path], split: str | None, data_dir: str | Path | None, which: str, device: str
 ) -> tuple[dict[str, VAE], Images, Images]:
-    """The VAEs by name, the images asked for, and the training images, which must be the same for all."""
+    """The models by kind, or else by run, the images asked for, and those of training, the same for all."""
     if len(several) < 2 or len({Path(run).resolve() for run in several}) < len(several):
         raise ValueError(f"expected at least two runs, and none twice, got {', '.join(map(str, several))}")
     if split == "all":
         raise ValueError("expected split of one kind, got all")
-    names = [Path(run).resolve().name for run in several]
-    vaes = {
-        f"{run if names.count(name) > 1 else name}": runs.load(run, which=which, device=device)
-        for run, name in zip(several, names, strict=True)
-    }
+    loaded = [runs.load(run, which=which, device=device) for run in several]
+    kinds = ["VAE" if vae.posterior.density else "autoencoder" for vae in loaded]
+    short = [Path(run).resolve().name for run in several]
+    naming = next(names for names in (kinds, short, several) if len(set(names)) == len(several))
+    vaes = dict(zip(map(str, naming), loaded, strict=True))
     data = [runs.read_config(Path(run))[1] for run in several]
     if any(described["checksum"] != data[0]["checksum"] for described in data):
         raise ValueError(f"expected runs on the same images, got others in {', '.join(map(str, several))}")

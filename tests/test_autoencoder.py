@@ -128,7 +128,8 @@ def test_errors_stand_beside_those_of_principal_components(made):
     assert errors["ae"] == squared_error(runs.load(made / "ae"), dataset.validation)
     assert errors["PCA, 2 components"] == pca_squared_error(dataset.train, dataset.validation, 2)
     of_test = pictures.reconstruction_errors(made / "ae", made / "vae", split="test")
-    assert of_test["ae"] == squared_error(runs.load(made / "ae"), dataset.test)
+    assert list(of_test) == ["autoencoder", "VAE", "PCA, 2 components"]
+    assert of_test["autoencoder"] == squared_error(runs.load(made / "ae"), dataset.test)
 
 
 # Side by side
