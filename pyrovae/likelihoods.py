@@ -132,6 +132,9 @@ class Bernoulli(Likelihood):
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return x
 
+    def from_pixels(self, pixels: Float[Tensor, "*batch D"]) -> Shaped[Tensor, "*batch D"]:
+        return self.observe(pixels) if self.binarize == "threshold" else pixels
+
     def mean(self, eta: Float[Tensor, "*batch D outputs"]) -> Float[Tensor, "*batch D"]:
         return eta.squeeze(-1).sigmoid()
 

@@ -149,8 +149,8 @@ class VAE(PyroModule):
             z = torch.cat([z, y.to(z).expand(*z.shape[:-1], -1)], -1)
         return self.likelihood(self.decoder(z), **self.learned)
 
-    def log_lik(self, z: Float[Tensor, "*batch L"], x: Shaped[Tensor, "..."]) -> Float[Tensor, "*batch"]:
-        """log p(x|z) in nats, for observations x that broadcast against z."""
+    def log_lik(self, z: Float[Tensor, "*batch L"], x: Shaped[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """log p(x|z) in nats, for observations x (..., D) or (..., D + C) that broadcast against z."""
         observed, y = self.split(x)
         return self.likelihood_of(z, y).log_prob(observed)
 
@@ -212,7 +212,9 @@ class VAE(PyroModule):
         Raises:
             ValueError: A conditional VAE has no labels, or ones that are no classes of its.
         """
-        pixels, y = images.reshape(len(images), -1).to(self.zeros), self._condition(labels)
+        y, pixels = self._condition(labels), images.reshape(len(images), -1).to(self.zeros)
+        # Cut or rounded as in training; where training draws pixels, the guide gets their mean.
+        pixels = self.likelihood.to_pixels(self.likelihood.from_pixels(pixels)).to(self.zeros)
         with self.evaluating():
             return self.posterior(pixels if y is None else torch.cat([pixels, y], -1))
 

@@ -361,3 +361,16 @@ def test_two_level_categorical_is_a_thresholded_bernoulli():
 def test_refuses_bad_settings(family, setting, value):
     with pytest.raises(ValueError, match=f"expected {setting}"):
         family(**{setting: value})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_from_pixels_undoes_to_pixels(name):
+    x = CASES[name].observe(torch.rand(5, 6))
+    assert torch.equal(CASES[name].from_pixels(CASES[name].to_pixels(x)), x)
+
+
+def test_from_pixels_cuts_and_rounds_where_observing_does():
+    pixels = torch.rand(5, 6)
+    assert torch.equal(Bernoulli(binarize="threshold").from_pixels(pixels), (pixels >= 0.5).float())
+    assert torch.equal(Bernoulli().from_pixels(pixels), pixels)
+    assert torch.equal(Categorical(levels=3).from_pixels(pixels), (2 * pixels).round().long())

@@ -62,6 +62,11 @@ def test_images_in_and_out(make_vae, likelihood, network, guide):
         assert ((pictures >= 0) & (pictures <= 1)).all()
 
 
+def test_the_encoder_sees_pixels_as_in_training(make_vae):
+    vae, images = make_vae(binarize="threshold"), torch.rand(5, 1, 8, 8)
+    assert torch.equal(vae.encode(images), vae.encode((images >= 0.5).float()))
+
+
 def test_images_may_be_flat_and_of_any_precision(make_vae):
     vae, x = make_vae(SHAPE), images()
     assert torch.equal(vae.encode(x), vae.encode(x.flatten(1)))
