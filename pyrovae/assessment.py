@@ -31,7 +31,7 @@ from pyrovae.evaluation import (
     without_constant,
 )
 from pyrovae.evidence import Evidence, Progress, annealed, importance_weighted, naive, seeded
-from pyrovae.runs import VERSIONS, RunError, load, read_config
+from pyrovae.runs import VERSIONS, RunError, load, read_config, same_data
 from pyrovae.vae import VAE
 
 MADE_WITH = (*VERSIONS, "scikit-learn")
@@ -235,7 +235,7 @@ class Examination:
         if data_dir is not None:
             config = dataclasses.replace(config, data_dir=data_dir)
         dataset = config.make_dataset()
-        if dataset.checksum != described["checksum"]:
+        if not same_data(described, dataset, config):
             raise RunError(f"expected the data that {run} was trained on, got others from {config.dataset}")
         names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
         of_config = {name: getattr(config, name) for name in names} | {"model_seed": config.seed}

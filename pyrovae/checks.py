@@ -53,7 +53,8 @@ def check_guide(
         seed: Of all samples.
 
     Raises:
-        ValueError: x is not a batch.
+        TypeError: It is no Guide.
+        ValueError: x is not a batch, or there are fewer than LEAST_EFFECTIVE draws.
 
     Example:
         >>> import pyro.distributions as dist
@@ -67,6 +68,10 @@ def check_guide(
         >>> check_guide(Wide(), torch.rand(5, 64))
         ['expected event shape (L,), got (): declare the latent dimension with .to_event(1)']
     """
+    if not isinstance(guide, Guide):
+        raise TypeError(f"expected a Guide, got {type(guide).__name__}: of a VAE, its vae.posterior")
+    if draws < LEAST_EFFECTIVE:
+        raise ValueError(f"expected draws >= {LEAST_EFFECTIVE}, got {draws}")
     if x.dim() != 2 or len(x) < 2:
         raise ValueError(f"expected x of shape (B, D), B >= 2, got {tuple(x.shape)}")
     use_rep = not guide.discrete if use_rep is None else use_rep

@@ -171,7 +171,8 @@ def _summary(run: Path, result: Fit) -> str:
     best, last = result.history[result.progress.best_epoch - 1], result.history[-1]
     config, data = runs.read_config(run)
     likelihood, pixels = config.make_likelihood(data["levels"]), math.prod(data["shape"])
-    bound = best["validation_bound" if config.beta == 1 and best["elbo"] is not None else "validation_elbo"]
+    of_bound = config.beta == 1 and config.make_estimator().needs_density
+    bound = best["validation_bound" if of_bound else "validation_elbo"]
     bits = None if bound is None else bits_per_dim(likelihood, bound, pixels)
     loss = "SSE/(2c)" if best["elbo"] is None else "SSE/(2c) + KL"
     lines = [
@@ -239,6 +240,9 @@ def _sweep(
     ctx = click.get_current_context()
     with _one_line_errors():
         plan = _planned(over, recipe, _with_shorthand(_given(ctx, settings), autoencoder))
+        for name in _AUTOENCODER if autoencoder else ():
+            if {cell.get(name, _AUTOENCODER[name]) for cell in plan.cells} != {_AUTOENCODER[name]}:
+                raise sweeps.SweepError(f"expected {name} {_AUTOENCODER[name]} with --autoencoder, got others")
         try:
             directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
             sweep = sweeps.Sweep(directory, plan)

@@ -87,7 +87,8 @@ def _settings(part: type) -> frozenset[str]:
     """The fields of Config that are settings of this part alone, or of parts like it."""
     if dataclasses.is_dataclass(part):
         return frozenset(field.name for field in fields(part))
-    return frozenset({"alpha", *GUIDE_SETTINGS} & inspect.signature(part).parameters.keys())
+    known = {"alpha"} if issubclass(part, Estimator) else set(GUIDE_SETTINGS)
+    return frozenset(known & inspect.signature(part).parameters.keys())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,16 @@ class Dataset:
             crc = zlib.crc32(images.pixels.contiguous().cpu().numpy().data, crc)
         return crc
 
+    @property
+    def label_checksum(self) -> int | None:
+        """The same of the labels; None where there are none."""
+        crc = 0
+        for images in (self.train, self.validation):
+            if images.labels is None:
+                return None
+            crc = zlib.crc32(images.labels.long().contiguous().cpu().numpy().data, crc)
+        return crc
+
     def to(self, device: torch.device | str) -> "Dataset":
         return replace(
             self,

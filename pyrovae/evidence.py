@@ -97,6 +97,8 @@ def importance_weighted(
     Source: Importance Weighted Autoencoders, Burda, Grosse & Salakhutdinov, 2016,
     https://arxiv.org/abs/1509.00519, eq. 8.
     """
+    if not vae.posterior.density:
+        raise ValueError("expected a guide with a density, got an autoencoder's point mass: see naive")
     chunk, tally = _chunk(vae, x, particles, batch_size), _Tally(x)
     with _evaluating(vae, seed):
         prior = vae.posterior.prior(vae.zeros)

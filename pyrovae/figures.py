@@ -129,7 +129,9 @@ def _canvas(rows: Sequence[Sequence[Float[Tensor, "C H W"]]]) -> Float[Tensor, "
 
 
 def manifold(
-    images: Float[Tensor, "side side C H W"], quantiles: Sequence[float] | Float[Tensor, " side"]
+    images: Float[Tensor, "side side C H W"],
+    quantiles: Sequence[float] | Float[Tensor, " side"],
+    title: str = "decoded grid over the prior's quantiles",
 ) -> Figure:
     """Decoded points of a 2-d latent space as one picture; z1 rises to the right, z2 upwards.
 
@@ -146,7 +148,7 @@ def manifold(
     names = [f"{quantiles[k]:.2f}" for k in shown]
     axes.set_xticks([(j + 0.5) * width for j in shown], names)
     axes.set_yticks([(side - i - 0.5) * height for i in shown], names)
-    axes.set(title="decoded grid over the prior's quantiles", xlabel="quantile of z1", ylabel="quantile of z2")
+    axes.set(title=title, xlabel="quantile of z1", ylabel="quantile of z2")
     return figure
 
 

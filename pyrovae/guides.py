@@ -224,7 +224,8 @@ class Mixture(Headed):
     """A mixture of Gaussians with diagonal covariances, sum_c w_c(x) N(loc_c(x), diag(scale_c(x)^2)).
 
     Its samples carry pathwise gradients by implicit reparameterization (see GaussianMixture), so that
-    it takes every estimator but those of a closed-form KL or of opposite noise.
+    it takes every estimator but those of a closed-form KL or of opposite noise. Such gradients tell the
+    weights of components that lie far apart next to nothing: there, train with `rloo`.
 
     Args:
         encoder: Pixels (..., D) to features (..., encoder.out_features).

@@ -181,7 +181,8 @@ def manifold(
         _check_class(vae, digit)
         z, quantiles = prior_grid(steps)
         decoded = _decoded_as(vae, z, digit or 0)
-        return figures.manifold(decoded, quantiles)
+        title = "decoded grid over the prior's quantiles" + (f", class {digit or 0}" if vae.classes else "")
+        return figures.manifold(decoded, quantiles, title)
     dims = min(vae.latent_dim, 20) if dims is None else dims
     _check("dims", dims, 1, min(vae.latent_dim, MOST))
     images = images_of(run, vae, data_dir=data_dir)
@@ -196,6 +197,7 @@ def manifold(
     z = traversals(torch.zeros(vae.latent_dim) if image is None else means[image], order, values)
     rows = _decoded_as(vae, z, digit or 0)
     place = "zero" if image is None else f"the code of validation image {image}"
+    place += f", class {digit or 0}" if vae.classes else ""
     return figures.grid(
         [list(row) for row in rows],
         f"one dimension along the prior's quantiles, the others at {place}",
@@ -436,6 +438,11 @@ def images_of(
     split = split or ("validation" if data is None else "all")
     if split not in SPLITS:
         raise ValueError(f"expected split in {', '.join(SPLITS)}, got {split!r}")
+    if vae.classes and data is not None and Path(data).expanduser().is_dir():
+        raise ValueError(
+            "expected data to be an .npz with labels for a conditional VAE, got a folder, whose classes are "
+            "numbered by their names"
+        )
     config, _ = runs.read_config(Path(run))
     if data_dir is not None:
         config = replace(config, data_dir=str(data_dir))

@@ -250,7 +250,7 @@ def _warnings(s: Subject) -> list[str]:
         return ["an autoencoder: q(z|x) has no density, so that there is no KL and no ELBO"]
     if s.evaluation is None and not s.vae.likelihood.normalised:
         return ["a pseudo-likelihood, which is not normalised: its ELBO bounds nothing"]
-    return list(s.evaluation.notes) if s.evaluation else []
+    return [*s.evaluation.notes, *_outdated(s, s.evaluation.settings)] if s.evaluation else []
 
 
 def _of_validation(best: Row) -> list[Fact]:
@@ -367,7 +367,7 @@ def _samples(s: Subject) -> Section:
             Picture.of(
                 pictures.sample(s.run, device=s.device),
                 "The expected images E[x|z] of draws of z from the prior.",
-                "A square grid of small images that the decoder made.",
+                "A grid of small images that the decoder made, of a conditional VAE a row for each class.",
             )
         ],
     )

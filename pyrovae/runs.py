@@ -87,7 +87,7 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     config = _changed(saved, changes or {})
     device = config.device()
     dataset = config.make_dataset()
-    if described != _describe(dataset):
+    if not same_data(described, dataset, config):
         raise RunError(f"expected the data that {directory} was trained on, got others from {config.dataset}")
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(device)
     # A damaged checkpoint must not cost the run its settings: it is read before they are written.
@@ -158,7 +158,16 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
         "validation": len(dataset.validation),
         "test": len(dataset.test),
         "checksum": dataset.checksum,
+        "labels": dataset.label_checksum,
     }
+
+
+def same_data(described: dict[str, Any], dataset: Dataset, config: Config) -> bool:
+    """Whether these are the data that a run describes; labels count where the model sees them."""
+    now = _describe(dataset)
+    if not config.conditional:
+        now = {name: value for name, value in now.items() if name not in ("classes", "labels")}
+    return all(described.get(name) == value for name, value in now.items())
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:

@@ -175,17 +175,25 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
     """Takes the gradient of the smallest batch of an epoch, on a copy: whether the parts fit together.
 
     Raises:
-        ValueError: They do not: the estimator refuses the guide, say, or batch norm a batch of one image.
+        ValueError: They do not: the estimator refuses the guide, say, batch norm a batch of one image, or
+            a guide of one's own does not run.
     """
     copy = deepcopy(vae).train()
-    smallest = min(batch_sizes(len(images), batch_size))
+    few = images[: min(batch_sizes(len(images), batch_size))]
     try:
         with preserved_random_states():
-            labels = None if images.labels is None else images.labels[:smallest]
-            observed = vae.observe(images.pixels[:smallest].flatten(1), labels)
+            observed = vae.observe(few.pixels.flatten(1), few.labels)
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
+            copy.reconstruct(few.pixels, few.labels)  # as the figures will, when it is too late
     except ValueError as error:
         raise ValueError(str(error).splitlines()[0]) from None  # without the shapes that Pyro appends
+    except NotImplementedError:  # torch's word for what a distribution does not know
+        raise ValueError("expected a guide whose q(z|x) has a mean, which stands for it, got none") from None
+    except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"expected a guide that runs (see check_guide), got {first}") from error
 
 
 def batch_sizes(num_images: int, batch_size: int) -> list[int]:
@@ -389,7 +397,8 @@ def describe(row: Row) -> str:
         f"ELBO {row['elbo']:.2f} = rec {row['reconstruction']:.2f} - KL {row['kl']:.2f}, "
         f"validation {row['validation_elbo']:.2f}"
     )
-    tighter = row["beta"] == 1 and row["validation_bound"] - row["validation_elbo"] > 1e-3
+    of_weights = row["validation_bound"] != row["validation_reconstruction"]  # which bounds nothing
+    tighter = row["beta"] == 1 and of_weights and row["validation_bound"] - row["validation_elbo"] > 1e-3
     return f"{text} (bound {row['validation_bound']:.2f})" if tighter else text
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pyro
 import pyro.poutine as poutine
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -79,6 +79,7 @@ class VAE(PyroModule):
         self.latent_dim = latent_dim
         self.classes = classes
         self.beta = beta
+        self.trained_beta: float | None = None  # while evaluating: what q(z|x) was made for
         # Not PyroParams: Pyro reads those from its global store, where the value of an earlier VAE
         # may stand under the same name.
         self.learned = nn.ParameterDict(
@@ -117,7 +118,7 @@ class VAE(PyroModule):
             pyro.sample("z", self.posterior_of(x))
 
     def observe(
-        self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None = None
+        self, pixels: Float[Tensor, "B D"], labels: Shaped[Tensor, "B ..."] | None = None
     ) -> Shaped[Tensor, "B E"]:
         """Images as the likelihood observes them, (B, D), and their classes one-hot if it is conditional.
 
@@ -126,10 +127,14 @@ class VAE(PyroModule):
             labels: From 0 to C - 1; not looked at where the VAE is not conditional.
 
         Raises:
-            ValueError: It is conditional and there are no labels.
+            ValueError: It is conditional and there are no labels, or weights of classes.
         """
         observed = self.likelihood.observe(pixels)
-        return torch.cat([observed, self._one_hot(labels).to(observed)], -1) if self.classes else observed
+        if not self.classes:
+            return observed
+        if labels is not None and labels.is_floating_point():
+            raise ValueError(f"expected integer labels, got {labels.dtype}")
+        return torch.cat([observed, self._one_hot(labels).to(observed)], -1)
 
     def split(self, x: Shaped[Tensor, "*batch E"]) -> tuple[Shaped[Tensor, "*batch D"], Tensor | None]:
         """Observations apart: what the likelihood sees, and the one-hot class, None if there is none."""
@@ -158,7 +163,7 @@ class VAE(PyroModule):
         """Classes as vectors, (..., C); float vectors stay as they are."""
         if labels is None:
             raise ValueError(f"expected labels, from 0 to {self.classes - 1}, for a conditional VAE, got none")
-        return labels if labels.is_floating_point() else one_hot(labels, self.classes)
+        return labels if labels.is_floating_point() else one_hot(labels.long(), self.classes)
 
     def _condition(self, labels: Tensor | None) -> Tensor | None:
         """The same of labels from outside, which may be wrong; None for a VAE that sees none."""
@@ -181,7 +186,7 @@ class VAE(PyroModule):
             pixels, y = self.split(pixels)
             log_lik = self.likelihood_of(z, y).log_prob(self.likelihood.from_pixels(pixels))
             log_ratio = self.posterior.prior(self.zeros).log_prob(z) - q.log_prob(z)
-        return log_lik / self.beta + log_ratio
+        return log_lik / (self.trained_beta or self.beta) + log_ratio
 
     def _scaled(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.beta == 1 else poutine.scale(scale=self.beta)
@@ -190,7 +195,9 @@ class VAE(PyroModule):
     def evaluating(self) -> Iterator[None]:
         """No gradients, evaluation mode and beta = 1; on leaving, all is as it was."""
         modes, beta = {module: module.training for module in self.modules()}, self.beta
+        trained = self.trained_beta
         self.eval()
+        self.trained_beta = beta if trained is None else trained
         self.beta = 1.0
         try:
             with torch.no_grad():
@@ -198,7 +205,7 @@ class VAE(PyroModule):
         finally:
             for module, training in modes.items():
                 module.training = training
-            self.beta = beta
+            self.beta, self.trained_beta = beta, trained
 
     def approximate_posterior(
         self, images: Float[Tensor, "N ..."], labels: Tensor | None = None

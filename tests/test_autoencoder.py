@@ -3,15 +3,18 @@
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 
 from pyrovae import figures, pictures, runs
 from pyrovae.assessment import Examination
 from pyrovae.checkpoints import read_metrics
 from pyrovae.config import Config
 from pyrovae.data import Images
-from pyrovae.estimators import AnalyticKL, Reconstruction
+from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation import evaluate, pca_squared_error, squared_error
 from pyrovae.laboratory import Measurement
 from pyrovae.training import describe
@@ -104,8 +107,35 @@ def test_the_shorthand(tmp_path, monkeypatch):
     check_wrong_call("train", "--autoencoder", "--guide", "mean-field", naming="--guide point")
     check_wrong_call("train", "--autoencoder", "--estimator", "elbo", naming="--estimator reconstruction")
     check_wrong_call("train", "--guide", "point", naming="'reconstruction'")
+    check_wrong_call("sweep", "--autoencoder", "--over", "guide=mean-field,point", naming="guide point")
     check_wrong_call("evaluate", "short", naming="side-by-side")
     check_wrong_call("variance", "short", naming="autoencoder")
+
+
+def test_a_point_with_a_density_of_its_own_is_no_autoencoder():
+    """As Pyro's users write a guide whose sample and density they know."""
+    loc = torch.nn.Parameter(torch.zeros(5, 2))
+
+    def model(x):
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x, known=True):
+        with pyro.plate("data", 5):
+            q = dist.Normal(loc, 1.0).to_event(1)
+            z = q.rsample()
+            density = {"log_density": q.log_prob(z)} if known else {}
+            pyro.sample("z", dist.Delta(z, event_dim=1, **density))
+
+    x = torch.randn(5, 2)
+    losses = []
+    for estimator in (Elbo(), Trace_ELBO()):
+        pyro.set_rng_seed(0)
+        losses.append(estimator.loss_and_grads(model, guide, x))
+    assert losses[0] == pytest.approx(losses[1])
+    with pytest.raises(ValueError, match=r"\Aexpected a guide with a density for Elbo"):
+        Elbo().loss(model, lambda x: guide(x, known=False), x)
 
 
 # Reconstruction errors

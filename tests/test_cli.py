@@ -630,3 +630,31 @@ def test_variance_of_a_run_takes_its_data_from_where_it_is_told(run, monkeypatch
     check_wrong_call("variance", run, *FEW, "--data-dir", "somewhere")
     check_wrong_call("variance", run, *FEW, "--data-dir", "somewhere", "--along")
     assert seen == [str(Path("somewhere").resolve())] * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "naming"),
+    [
+        ("return self.head(self.encoder(x))", "expected a guide that runs"),
+        ("raise KeyError(3)", "KeyError: 3"),
+        ("return dist.Normal(self.wide(self.encoder(x)), 1.0).to_event(1)", "expected a guide that runs"),
+        (
+            "return dist.TransformedDistribution(dist.Normal(self.head(self.encoder(x)), 1.0).to_event(1), [])",
+            "mean",
+        ),
+    ],
+)
+def test_an_own_guide_that_does_not_run_is_one_line(tmp_path, monkeypatch, body, naming):
+    monkeypatch.chdir(tmp_path)
+    module = f"own_{abs(hash(body))}"
+    (tmp_path / f"{module}.py").write_text(
+        "import pyro.distributions as dist\nfrom torch import nn\nfrom pyrovae import Guide\n"
+        "class Own(Guide):\n"
+        "    def __init__(self, encoder, latent_dim, alpha=0.3):\n"  # a name that an estimator has as well
+        "        super().__init__()\n"
+        "        self.encoder, self.head = encoder, nn.Linear(encoder.out_features, latent_dim)\n"
+        "        self.wide = nn.Linear(encoder.out_features, 2 * latent_dim)\n"
+        f"    def forward(self, x):\n        {body}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check_wrong_call("train", *TINY, "--guide", f"{module}:Own", naming=naming)

@@ -270,3 +270,34 @@ def test_a_run_records_its_classes(run):
     contents = json.loads((run / "config.json").read_text())
     assert (contents["config"]["conditional"], contents["data"]["classes"]) == (True, 10)
     assert not (run / "figures" / "manifold.png").exists()  # of which class?
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_labels_may_be_any_integers(conditional, dtype):
+    vae, images = conditional(), pixels()
+    assert torch.equal(vae.encode(images, LABELS.to(dtype)), vae.encode(images, LABELS))
+    assert torch.equal(vae.split(vae.observe(images.flatten(1), LABELS.to(dtype)))[1].argmax(-1), LABELS)
+
+
+def test_weights_of_classes_are_no_observation(conditional):
+    with pytest.raises(ValueError, match=r"\Aexpected integer labels, got torch\.float32\Z"):
+        conditional().observe(pixels().flatten(1), torch.eye(CLASSES)[LABELS])
+
+
+def test_other_labels_are_other_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.zeros((60, 4, 4), dtype=np.uint8), np.arange(60) % 3
+    np.savez("data.npz", images=images, labels=labels)
+    settings = {"dataset": "data.npz", "epochs": 1, "hidden": (8,), "figure_epochs": ()}
+    run, _ = runs.train(Config(**settings, conditional=True), out="run")
+    plain, _ = runs.train(Config(**settings), out="plain")
+    np.savez("data.npz", images=images, labels=labels[::-1].copy())
+    check_wrong_call("train", "--resume", run, "-e", "2", naming="the data that run was trained on")
+    check_wrong_call("evaluate", run, naming="the data that run was trained on")
+    runs.resume(plain, changes={"epochs": 2})  # which does not look at labels
+
+
+def test_a_folder_names_classes_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    check_wrong_call("encode", run, "--data", "images", "--out", "z.npz", naming="data")

@@ -501,3 +501,12 @@ def test_a_code_has_no_pathwise_gradient(make_vae):
         Elbo().loss(*vae.pair, images.pixels.flatten(1).round())
     with pytest.raises(ValueError, match=message):
         fit(vae, images, images, epochs=1, quiet=True)
+
+
+def test_a_refined_guide_is_validated_as_it_is_trained(make_vae):
+    vae = make_vae(guide="refined", hidden=(8,), beta=4.0)
+    x = vae.observe(torch.rand(5, 64))
+    trained = vae.posterior_of(x).mean
+    with vae.evaluating():
+        torch.testing.assert_close(vae.posterior_of(x).mean, trained)
+    assert vae.trained_beta is None

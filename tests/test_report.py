@@ -257,7 +257,7 @@ def test_numbers_of_another_epoch_are_said_to_be(run):
     (best,) = re.findall(r'"epoch": (\d)', (run / "evaluation.json").read_text())
     for path in (run / "evaluation.json", run / "variance-1" / "variance.json"):
         path.write_text(path.read_text().replace(f'"epoch": {best}', '"epoch": 7'))
-    assert report.report(run).count(f"of the parameters of epoch 7, not of the best, {best}") == 2
+    assert report.report(run).count(f"of the parameters of epoch 7, not of the best, {best}") == 3
 
 
 def test_a_pseudo_likelihood_and_an_autoencoder_are_said_to_be(pages):

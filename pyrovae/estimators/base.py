@@ -87,8 +87,9 @@ class Draws:
 
     @property
     def point_masses(self) -> list[str]:
-        """The guide's sites that put all their mass on a point."""
-        return [name for name, site in self.guide_sites.items() if isinstance(_base(site["fn"]), Delta)]
+        """The guide's sites that put all their mass on a point, and bring no density of their own."""
+        bases = {name: _base(site["fn"]) for name, site in self.guide_sites.items()}
+        return [n for n, q in bases.items() if isinstance(q, Delta) and not q.log_density.requires_grad]
 
     def _validate(self) -> None:
         if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
