@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
 from pyrovae.evaluation import seeded
-from pyrovae.per_draw import modules_of, parameters_of, untouched
+from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.testbed import LinearGaussian
 from pyrovae.variance import BiasTest, GradientStats, Parts, check_bias, gradient_moments
 
@@ -205,6 +205,7 @@ def compare(
     batches: Sequence[Tensor] = (),
     exact: LinearGaussian | None = None,
     settings: Mapping[str, Any] | None = None,
+    compile: bool = False,
     progress: Callable[[int, int, str], Any] = lambda done, total, what: None,
 ) -> Comparison:
     """Measures estimators at these parameters on this batch, with common noise.
@@ -225,6 +226,7 @@ def compare(
         batches: Further batches, over which the mean gradient's own variance is found.
         exact: The test-bed that the pair is of, whose truth stands beside every row.
         settings: What else belongs into the record.
+        compile: As for `gradient_moments`.
         progress: Called with the gradients drawn so far, their total, and what is being measured.
 
     Raises:
@@ -233,7 +235,7 @@ def compare(
     if not particles or min(particles) < 1:
         raise ValueError(f"expected particles of at least 1, got {', '.join(map(str, particles)) or 'none'}")
     with untouched(model, guide):
-        bench = _Bench(model, guide, x, draws, seed, parts, exact)
+        bench = _Bench(model, guide, x, draws, seed, parts, exact, compile)
         candidates, skipped = _candidates(estimators, particles, alpha, bench)
         if not candidates:
             raise ValueError(f"expected an estimator that applies, got none: {'; '.join(skipped.values())}")
@@ -394,6 +396,7 @@ class _Bench:
     seed: int
     parts: Parts | None
     exact: LinearGaussian | None
+    compile: bool
 
     def __post_init__(self):
         self.parameters, _ = parameters_of(self.model, self.guide, self.x)
@@ -449,13 +452,13 @@ class _Bench:
     def fitted(self, estimator: Estimator) -> Estimator:
         """A copy whose baseline has been fitted to the batch."""
         estimator = copy.deepcopy(estimator)
-        if type(estimator).adapt is not Estimator.adapt:
+        if estimator.adapts:
             with seeded(self.seed + 2, self.x.device), pyro.validation_enabled(False):
                 for _ in range(WARMUP):
                     with torch.no_grad():
                         draws = estimator.draws(self.model, self.guide, self.x)
-                        draws.log_weight  # noqa: B018 - computed here, where no graph is kept
-                    estimator.adapt(draws)
+                        log_weight, observations = draws.log_weight, draws.observations
+                    estimator.adapt(log_weight, observations)
         return estimator
 
     def moments(
@@ -475,6 +478,7 @@ class _Bench:
             draws=draws,
             seed=seed,
             parts=self.parts,
+            compile=self.compile,
             progress=progress,
         )
         return stats, peak if on_gpu else None

@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from pyrovae.estimators import ESTIMATORS
+from pyrovae.estimators import ESTIMATORS, Draws, Estimator
 from pyrovae.guides import GUIDES
 
 OF_CODES = "disarm", "enumerate"  # tuples: xdist needs one order of tests
@@ -44,6 +44,11 @@ FEW = [way for way in EXISTING if way[2] in KINDS or way[:2] in (("elbo", True),
 def several(estimator: str, particles: int = 4) -> int:
     """So many particles, or as many as the estimator takes."""
     return min(particles, ESTIMATORS[estimator].particles[1] or particles)
+
+
+def adapt(estimator: Estimator, draws: Draws) -> None:
+    """Has an estimator learn from draws, as training does."""
+    estimator.adapt(draws.log_weight.detach(), draws.observations)
 
 
 def takes(estimator: str, particles: int, antithetic: bool = False) -> bool:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.networks import NETWORKS
-from tests.combinations import FEW, SMALL, several
+from tests.combinations import FEW, SMALL, adapt, several
 
 
 def moved(module, like):
@@ -61,5 +61,5 @@ def test_no_operation_mixes_devices(make_vae, fake_cuda, likelihood, network, co
     for _ in range(2):  # the second time with what the first has taught it
         draws = built.draws(*vae.pair, vae.likelihood.observe(pixels))
         results += [built.surrogate(draws), built.bound(draws), built.reconstruction(draws), built.kl(draws)]
-        built.adapt(draws)
+        adapt(built, draws)
     assert {result.device.type for result in results} == {"cuda"}

@@ -47,6 +47,7 @@ from tests.combinations import (
     OF_CODES,
     OF_GAUSSIANS,
     SMALL,
+    adapt,
     refusal,
     several,
     takes,
@@ -63,7 +64,7 @@ def build(name: str, use_rep: bool, particles: int, antithetic: bool = False):
     pairs = {"antithetic": True} if antithetic else {}
     estimator = ESTIMATORS[name](num_particles=particles, use_rep=use_rep, **pairs)
     for seed in range(3):
-        estimator.adapt(Copies(TABLED["off"], 5).draws(estimator, seed))
+        adapt(estimator, Copies(TABLED["off"], 5).draws(estimator, seed))
     return estimator
 
 
@@ -636,7 +637,7 @@ def test_the_mean_over_every_pair_of_codes_is_the_gradient_of_the_bound(
 ):
     settings = {"antithetic": True} if antithetic else {}
     estimator = ESTIMATORS[name](num_particles=2, use_rep=use_rep, **settings)
-    estimator.adapt(estimator.draws(*Codes(5).pair))
+    adapt(estimator, estimator.draws(*Codes(5).pair))
     drawn, probabilities = every_pair_of_codes(estimator.antithetic, monkeypatch)
     assert probabilities.sum() == pytest.approx(1)
     mean = Codes(len(probabilities), drawn).mean_gradient(estimator, probabilities)
@@ -685,7 +686,7 @@ def squares():
 
 def adapted(estimator, steps: int):
     for _ in range(steps):
-        estimator.adapt(estimator.draws(*squares()[:2]))
+        adapt(estimator, estimator.draws(*squares()[:2]))
     return estimator
 
 
@@ -695,7 +696,7 @@ def test_the_running_mean_is_an_exponential_moving_average():
         draws = estimator.draws(*squares()[:2])
         expected = draws.log_weight.new_zeros(1, 1) if average is None else average.reshape(1, 1)
         torch.testing.assert_close(estimator.baseline(draws), expected)
-        estimator.adapt(draws)
+        adapt(estimator, draws)
         f = draws.log_weight.mean()
         average = f if average is None else 0.75 * average + 0.25 * f
 
@@ -722,14 +723,14 @@ def test_a_saved_baseline_learns_on_as_if_never_saved(family, steps):
     for _ in range(3):
         draws = estimator.draws(*squares()[:2])
         assert torch.equal(estimator.baseline(draws), other.baseline(draws))
-        estimator.adapt(draws)
-        other.adapt(draws)
+        adapt(estimator, draws)
+        adapt(other, draws)
 
 
 @pytest.mark.parametrize("family", [RunningMean, LearnedBaseline])
 def test_what_a_step_teaches_the_baseline_does_not_change_that_step(make_vae, family):
     class Dull(family):
-        def adapt(self, draws):
+        def adapt(self, log_weight, observations):
             pass
 
     images, results = Images(torch.rand(16, 1, 8, 8)), []
@@ -749,7 +750,7 @@ def test_a_ragged_last_batch_has_the_same_baseline(make_vae, family, last):
     x = torch.bernoulli(torch.rand(8, 64, dtype=F64))
     estimator = family(num_particles=2)
     for _ in range(5):
-        estimator.adapt(estimator.draws(*vae.pair, x))
+        adapt(estimator, estimator.draws(*vae.pair, x))
     pyro.set_rng_seed(1)
     of_all = estimator.baseline(estimator.draws(*vae.pair, x)).expand(1, 8)
     draws = estimator.draws(*vae.pair, x[:last])
@@ -778,7 +779,7 @@ def test_a_ragged_last_batch_has_the_same_baseline(make_vae, family, last):
 def test_a_learned_baseline_refuses_data_of_another_size(make_vae):
     estimator = LearnedBaseline()
     small, large = make_vae((1, 4, 4), hidden=(8,)), make_vae(hidden=(8,))
-    estimator.adapt(estimator.draws(*small.pair, torch.zeros(3, 16)))
+    adapt(estimator, estimator.draws(*small.pair, torch.zeros(3, 16)))
     with pytest.raises(ValueError, match=r"expected data of 16 numbers each.*got 64: make a new estimator"):
         estimator.loss_and_grads(*large.pair, torch.zeros(3, 64))
 

@@ -133,6 +133,16 @@ class Draws:
         return self.log_joint - self.log_guide
 
     @cached_property
+    def observations(self) -> Float[Tensor, "B D"]:
+        """All observed numbers of each datum in a row."""
+        parts = []
+        for site in self.observed_sites.values():
+            value = site["value"].to(self.log_lik.dtype)
+            shape = self.batch_size, *site["fn"].event_shape
+            parts.append(value.expand(shape).reshape(self.batch_size, -1))
+        return torch.cat(parts, dim=1)
+
+    @cached_property
     def score(self) -> Float[Tensor, "K B"]:
         """s = log q(z|x) with z held fixed, without beta: its gradient is the score of the guide."""
         sites = {n: s | {"value": s["value"].detach()} for n, s in self.guide_sites.items()}
@@ -297,11 +307,24 @@ class Estimator(ELBO, abc.ABC):
         """KL(q(z|x) || p(z)), per datum, beta included, in nats."""
         return (draws.log_guide - draws.log_prior).mean(0)
 
-    def adapt(self, draws: Draws) -> None:
-        """Learns from draws what a later surrogate uses, a baseline say. The gradient at hand is unaffected."""
+    def adapt(self, log_weight: Float[Tensor, "K B"], observations: Float[Tensor, "B D"]) -> None:
+        """Learns from the draws of a step what later surrogates use, a baseline say.
+
+        What it learns stands in tensors, which exist from the first surrogate on and are changed in
+        place, so that a captured step sees them.
+
+        Args:
+            log_weight: f, in nats, without gradient.
+            observations: The observed numbers of each datum.
+        """
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it learns anything."""
+        return type(self).adapt is not Estimator.adapt
 
     def state_dict(self) -> dict[str, Any]:
-        """What `adapt` has learned, for a checkpoint."""
+        """What `adapt` has learned, for a checkpoint: the tensors, which processes average in place."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -355,7 +378,8 @@ class Estimator(ELBO, abc.ABC):
         draws = self.draws(model, guide, *args, **kwargs)
         surrogate = self.surrogate(draws)
         bound = surrogate + (self.bound(draws) - surrogate).detach()
-        self.adapt(draws)
+        if self.adapts:
+            self.adapt(draws.log_weight.detach(), draws.observations)
         return -bound.sum() * draws.subsampling
 
     def loss(self, model, guide, *args, **kwargs) -> float:

@@ -1,6 +1,7 @@
 """Score-function gradients of the ELBO, for any guide, and what makes them less noisy."""
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -68,11 +69,16 @@ class RunningMean(Baselined):
         self.mean: Tensor | None = None
 
     def baseline(self, draws: Draws) -> Float[Tensor, "#K #B"]:
-        return draws.log_weight.new_zeros(1, 1) if self.mean is None else self.mean.expand(1, 1)
+        self._begin(draws.log_weight)
+        return self.mean.nan_to_num(0.0).expand(1, 1)
 
-    def adapt(self, draws: Draws) -> None:
-        mean = draws.log_weight.detach().mean()
-        self.mean = mean if self.mean is None else torch.lerp(mean, self.mean, self.decay)
+    def adapt(self, log_weight: Float[Tensor, "K B"], observations: Float[Tensor, "B D"]) -> None:
+        self._begin(log_weight)
+        _follow(self.mean, log_weight.mean(), self.decay)
+
+    def _begin(self, like: Tensor) -> None:
+        if self.mean is None:
+            self.mean = like.new_full((), math.nan)
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean}
@@ -108,24 +114,23 @@ class LearnedBaseline(Baselined):
             raise ValueError(f"expected decay from 0 to below 1, got {decay}")
         self.decay, self.lr, self.hidden = decay, lr, hidden
         self.network: nn.Sequential | None = None
-        self.moments: Tensor | None = None  # running means of f and f^2
+        self.moments: Tensor | None = None  # running means of f and f^2; nan before the first step
 
     def baseline(self, draws: Draws) -> Float[Tensor, "#K #B"]:
         if self.network is None:
-            return draws.log_weight.new_zeros(1, 1)
+            self._build(draws.observations.shape[1], draws.log_weight)
         with torch.no_grad():
             mean, scale = self._normaliser()
-            return (mean + scale * self._predicted(draws))[None]
+            return (mean + scale * self._predicted(draws.observations))[None].nan_to_num(0.0)
 
-    def adapt(self, draws: Draws) -> None:
-        f = draws.log_weight.detach()
+    def adapt(self, log_weight: Float[Tensor, "K B"], observations: Float[Tensor, "B D"]) -> None:
+        f = log_weight
         if self.network is None:
-            self._build(_observations(draws).shape[1], f)
-        moments = torch.stack([f.mean(), f.square().mean()])
-        self.moments = moments if self.moments is None else torch.lerp(moments, self.moments, self.decay)
+            self._build(observations.shape[1], f)
+        _follow(self.moments, torch.stack([f.mean(), f.square().mean()]), self.decay)
         mean, scale = self._normaliser()
         with torch.enable_grad():
-            loss = ((f.mean(0) - mean) / scale - self._predicted(draws)).square().mean()
+            loss = ((f.mean(0) - mean) / scale - self._predicted(observations)).square().mean()
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -134,8 +139,8 @@ class LearnedBaseline(Baselined):
         mean, square = self.moments
         return mean, (square - mean**2).clamp(min=1.0).sqrt()
 
-    def _predicted(self, draws: Draws) -> Float[Tensor, " B"]:
-        x, expected = _observations(draws), self.network[0].in_features
+    def _predicted(self, x: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        expected = self.network[0].in_features
         if x.shape[1] != expected:
             raise ValueError(
                 f"expected data of {expected} numbers each, as the learned baseline was fitted to, "
@@ -151,6 +156,7 @@ class LearnedBaseline(Baselined):
         nn.init.zeros_(self.network[2].weight)
         nn.init.zeros_(self.network[2].bias)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
+        self.moments = like.new_full((2,), math.nan)
 
     def state_dict(self) -> dict[str, Any]:
         if self.network is None:
@@ -260,11 +266,6 @@ def bernoulli_site(draws: Draws, name: str) -> tuple[dict[str, Any], Bernoulli]:
     return sites[0], q
 
 
-def _observations(draws: Draws) -> Float[Tensor, "B D"]:
-    """All observed numbers of each datum in a row."""
-    parts = []
-    for site in draws.observed_sites.values():
-        value = site["value"].to(draws.log_lik.dtype)
-        shape = draws.batch_size, *site["fn"].event_shape
-        parts.append(value.expand(shape).reshape(draws.batch_size, -1))
-    return torch.cat(parts, dim=1)
+def _follow(running: Tensor, value: Tensor, decay: float) -> None:
+    """Moves a running mean, in place; at first, when it is nan, to the value."""
+    running.copy_(torch.where(running.isnan(), value, torch.lerp(value, running, decay)))
