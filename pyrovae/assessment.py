@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -318,15 +318,22 @@ class Examination:
     ) -> Latents:
         means = latent_means(vae, x, batch_size=ENCODED)
         variances = variance_of_means(means)
-        generator = torch.Generator().manual_seed(self.seed)
-        train = train[torch.randperm(len(train), generator=generator)[:PROBED]]
-        fitted = latent_means(vae, self._observe(vae, train), batch_size=ENCODED)
         return Latents(
             active=None if variances is None else int((variances > ACTIVE).sum()),
             variance_of_means=None if variances is None else variances.tolist(),
             kl=None if kl_per_dim is None else kl_per_dim.mean(0).tolist(),
-            probes=probe(fitted, train.labels, means, images.labels),
+            probes=self._probe(vae, train, means, images.labels),
         )
+
+    def _probe(
+        self, vae: VAE, train: Images, means: Float[Tensor, "N L"], labels: Int[Tensor, " N"] | None
+    ) -> Probes | str:
+        if train.labels is None:
+            return "no labels"  # and no image need be read
+        generator = torch.Generator().manual_seed(self.seed)
+        train = train[torch.randperm(len(train), generator=generator)[:PROBED]]
+        fitted = latent_means(vae, self._observe(vae, train), batch_size=ENCODED)
+        return probe(fitted, train.labels, means, labels)
 
 
 def _without_constant(vae: VAE, elbo: float, pixels: int) -> float | None:

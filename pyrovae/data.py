@@ -2,6 +2,9 @@
 
 A reader gives the training images and, where the source has them, its test images. `load_dataset`
 splits off what is missing, so that train, validation and test never share an image.
+
+A `.npy` may be larger than memory: above IN_MEMORY its images stay in the file (see `files`). Which
+they are, their order and their pixels are the same as in memory.
 """
 
 import contextlib
@@ -9,7 +12,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -20,16 +23,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pyrovae.files import ArrayFile, FilePixels
+
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
+IN_MEMORY = 2**30  # bytes as float32 up to which a .npy is read into memory, which is faster
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
 class Images:
-    """N images of one shape, pixels in [0, 1], with class labels where there are any."""
+    """N images of one shape, pixels in [0, 1], with class labels where there are any.
 
-    pixels: Float[Tensor, "N C H W"]
+    Attributes:
+        pixels: In memory, or in a file that is larger: then `images[index]` has those images in memory,
+            `images[:]` all of them, and `batches` goes through them with bounded memory.
+        labels: Classes from 0, in memory.
+    """
+
+    pixels: Float[Tensor, "N C H W"] | FilePixels
     labels: Int[Tensor, " N"] | None = None
 
     def __len__(self) -> int:
@@ -43,7 +55,45 @@ class Images:
         """One image, (C, H, W)."""
         return tuple(self.pixels.shape[1:])
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the pixels stay in their file."""
+        return isinstance(self.pixels, FilePixels)
+
+    def subset(self, index: Int[Tensor, " M"]) -> "Images":
+        """Those images: in memory if these are, and else in their file."""
+        if not self.on_disk:
+            return self[index]
+        return Images(self.pixels.subset(index), None if self.labels is None else self.labels[index])
+
+    def batches(self, indices: Sequence[Int[Tensor, " _"]]) -> Iterator["Images"]:
+        """The images at each of these indices, in memory of the device that these are for.
+
+        Those of a file are read ahead by threads, which end with the iterator: close it
+        (`contextlib.closing`) where it may be left early.
+
+        Args:
+            indices: One per batch, of any size.
+
+        Raises:
+            ValueError: Their file has become shorter.
+        """
+        if self.on_disk:
+            batches = self.pixels.batches(indices)
+        else:
+            batches = (self.pixels.index_select(0, chosen) for chosen in indices)
+        with contextlib.closing(batches):
+            for chosen, pixels in zip(indices, batches, strict=True):
+                yield Images(pixels, None if self.labels is None else self.labels.index_select(0, chosen))
+
+    def checksum(self, before: int = 0) -> int:
+        """A CRC-32 of the pixels, after others with this one; of a file's, of all of it and which they are."""
+        if self.on_disk:
+            return zlib.crc32(self.pixels.checksum.to_bytes(4, "little"), before)
+        return zlib.crc32(self.pixels.contiguous().cpu().numpy().data, before)
+
     def to(self, device: torch.device | str) -> "Images":
+        """These images on a device; those of a file stay there, and go to the device as they are read."""
         return Images(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
 
 
@@ -72,10 +122,7 @@ class Dataset:
     @property
     def checksum(self) -> int:
         """A CRC-32 of the training and validation pixels: a resumed run needs the same data."""
-        crc = 0
-        for images in (self.train, self.validation):
-            crc = zlib.crc32(images.pixels.contiguous().cpu().numpy().data, crc)
-        return crc
+        return self.validation.checksum(self.train.checksum())
 
     @property
     def label_checksum(self) -> int | None:
@@ -156,7 +203,8 @@ def load_dataset(
         name: A name in DATASETS, a `.npz` with the array `images` (and, if any, `labels`,
             `test_images`, `test_labels`), a `.npy` of images, or a folder of image files, whose
             subfolders are classes. Arrays are (N, H, W) or (N, H, W, C): uint8, bool, or floats in
-            [0, 1].
+            [0, 1]. What is used of a `.npy` in C order, numpy's default, stays in the file if it is
+            more than IN_MEMORY; everything else is read into memory.
         data_dir: Where torchvision's datasets lie or go; `default_data_dir()` if None.
         held_out: Validation images, taken from the source's training images; a tenth, at most 5,000, if
             None. As many again as that default are for test where the source has no test images.
@@ -183,12 +231,16 @@ def load_dataset(
         generator = torch.Generator().manual_seed(seed)
         train = train[torch.randperm(len(train), generator=generator)[: limit[0]]]
         validation = validation[torch.randperm(len(validation), generator=generator)[: limit[1]]]
-    return Dataset(
-        source.train[train],
-        source.train[validation],
-        source.train[test] if source.test is None else source.test,
-        source.levels,
-    )
+    parts = source.train.subset(train), source.train.subset(validation)
+    parts = *parts, source.train.subset(test) if source.test is None else source.test
+    return Dataset(*small_in_memory(*parts), source.levels)
+
+
+def small_in_memory(*parts: Images) -> tuple[Images, ...]:
+    """The same images, read into memory if together they are at most IN_MEMORY; else as they are."""
+    if sum(part.pixels.nbytes for part in parts) > IN_MEMORY:
+        return parts
+    return tuple(part[:] for part in parts)
 
 
 def read_source(name: str, data_dir: Path, image_size: int | None) -> Source:
@@ -251,11 +303,17 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what numpy l
 
 
 def read_arrays(path: Path) -> Source:
-    """Images from a `.npy`, or from a `.npz` with `images` and, if any, `labels`, `test_images`, ..."""
+    """Images from a `.npy`, or from a `.npz` with `images` and, if any, `labels`, `test_images`, ...
+
+    Those of a `.npy` stay in the file.
+    """
     try:
         with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            if file.read(6) == b"\x93NUMPY":
+                arrays = {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+            else:
+                file.seek(0)
+                arrays = dict(np.load(file, allow_pickle=False))
     except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
     known = {"images", "labels", "test_images", "test_labels"}
@@ -266,11 +324,10 @@ def read_arrays(path: Path) -> Source:
         )
     if "test_labels" in arrays and "test_images" not in arrays:
         raise ValueError(f"expected 'test_images' with the 'test_labels' in {path}, got none")
-    if arrays["images"].dtype == np.uint8 and 0 < arrays["images"].max(initial=0) < 32:
-        raise ValueError(
-            f"expected uint8 images with grey levels up to 255 in {path}, got up to {arrays['images'].max()}: "
-            "divide by the largest grey level"
-        )
+    if isinstance(arrays["images"], np.memmap):
+        return Source(_images_of_file(path, arrays["images"]), None, levels=256)
+    if arrays["images"].dtype == np.uint8:
+        _check_grey_levels(path, [arrays["images"]])
     train = _images_from_array(path, arrays["images"], arrays.get("labels"))
     test = None
     if "test_images" in arrays:
@@ -291,27 +348,72 @@ def _images_from_array(path: Path, array: np.ndarray, labels: np.ndarray | None)
     return Images(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
+def _images_of_file(path: Path, array: np.memmap) -> Images:
+    """Images that stay in the file; in memory if its order is not C's, whose images lie together."""
+    if 0 in array.shape or not array.flags.c_contiguous or not hasattr(os, "pread"):  # which Windows lacks
+        array = np.array(array)
+        if array.dtype == np.uint8:
+            _check_grey_levels(path, [array])
+        return _images_from_array(path, array, None)
+    _check_kind(path, array)
+    file = ArrayFile(path, array)
+    if array.dtype == np.uint8:
+        _check_grey_levels(path, file.chunks())
+    else:
+        _check_range(path, file.chunks())
+    return Images(FilePixels.of(file))
+
+
 def _pixels_from_array(path: Path, array: np.ndarray) -> Float[Tensor, "N C H W"]:
+    _check_kind(path, array)
+    _check_range(path, [array])
     if array.dtype == np.uint8:
         array = array / np.float32(255)
-    elif array.dtype.kind not in "fb":
-        raise ValueError(f"expected uint8, bool or float images in {path}, got {array.dtype}")
     if array.ndim == 3:
         array = array[..., None]
-    if array.ndim != 4 or 0 in array.shape:
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1), dtype=np.float32))
+
+
+def _check_kind(path: Path, array: np.ndarray) -> None:
+    """That this is an array of images, whatever its values."""
+    if array.dtype != np.uint8 and array.dtype.kind not in "fb":
+        raise ValueError(f"expected uint8, bool or float images in {path}, got {array.dtype}")
+    if array.ndim not in (3, 4) or 0 in array.shape:
         raise ValueError(f"expected images (N, H, W) or (N, H, W, C) in {path}, got shape {array.shape}")
-    if array.shape[-1] > 4:
+    if array.ndim == 4 and array.shape[-1] > 4:
         raise ValueError(
             f"expected at most 4 channels, last, in {path}, got shape {array.shape}: "
             "move channels to the end with numpy.moveaxis(images, 1, -1)"
         )
-    low, high = float(array.min()), float(array.max())
+
+
+def _check_grey_levels(path: Path, chunks: Iterable[np.ndarray]) -> None:
+    """That uint8 images use their range, as far as need be to see it."""
+    largest = 0
+    for chunk in chunks:
+        largest = max(largest, int(chunk.max(initial=0)))
+        if largest >= 32:
+            return
+    if largest:
+        raise ValueError(
+            f"expected uint8 images with grey levels up to 255 in {path}, got up to {largest}: "
+            "divide by the largest grey level"
+        )
+
+
+def _check_range(path: Path, chunks: Iterable[np.ndarray]) -> None:
+    """That floats are in [0, 1]; of other kinds every value will be."""
+    low, high = np.inf, -np.inf
+    for chunk in chunks:
+        if chunk.dtype.kind != "f":
+            return
+        # Of these the numpy functions, not Python's, stay nan once they are.
+        low, high = float(np.minimum(low, chunk.min())), float(np.maximum(high, chunk.max()))
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"expected pixels in [0, 1] in {path}, got values from {low:g} to {high:g}: "
             "divide by the largest grey level, or save as uint8"
         )
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1), dtype=np.float32))
 
 
 def read_folder(path: Path, image_size: int | None) -> Source:

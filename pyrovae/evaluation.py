@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pyro
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,6 +20,7 @@ from pyrovae.vae import VAE
 
 ACTIVE = 0.01  # the variance of its mean over images above which a latent dimension is in use
 KL_SAMPLES = 1000
+PCA_BATCH, PCA_BYTES = 10_000, 2**28  # images at a time; of float64 pixels, out of a file
 NEIGHBOURS = 5
 
 
@@ -131,12 +133,23 @@ def squared_error(vae: VAE, images: Images, *, batch_size: int = 1000) -> float:
 
 
 def pca_squared_error(train: Images, images: Images, components: int) -> float:
-    """The same by principal components fitted to training images: the best that linear maps do there."""
+    """The same by principal components fitted to training images: the best that linear maps do there.
+
+    Of training images that stay in their file a part is fitted, PCA_BYTES of them.
+    """
     from sklearn.decomposition import PCA
 
-    fitted, x = (part.pixels.flatten(1).double().cpu().numpy() for part in (train, images))
+    def numbers(part: Images) -> np.ndarray:
+        return part.pixels.flatten(1).double().cpu().numpy()
+
+    # Training images are in random order: of those in a file the first, as many as may be in memory.
+    fitted = numbers(train[: max(1, PCA_BYTES // (8 * math.prod(train.shape)))] if train.on_disk else train)
     pca = PCA(min(components, *fitted.shape), random_state=0).fit(fitted)
-    return float(((x - pca.inverse_transform(pca.transform(x))) ** 2).sum() / len(x))
+    total = 0.0
+    for start in range(0, len(images), PCA_BATCH):
+        x = numbers(images[start : start + PCA_BATCH])
+        total += float(((x - pca.inverse_transform(pca.transform(x))) ** 2).sum())
+    return total / len(images)
 
 
 def variance_of_means(means: Float[Tensor, "N L"]) -> Float[Tensor, " L"] | None:

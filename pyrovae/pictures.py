@@ -38,8 +38,9 @@ from pyrovae import data as sources
 from pyrovae import figures, runs
 from pyrovae.checkpoints import read_metrics
 from pyrovae.config import Config
-from pyrovae.data import DATASETS, Images, default_data_dir
+from pyrovae.data import DATASETS, Images, default_data_dir, small_in_memory
 from pyrovae.evaluation import pca_squared_error, squared_error
+from pyrovae.files import FilePixels
 from pyrovae.vae import VAE, prior_grid
 
 SPLITS = ("train", "validation", "test", "all")
@@ -480,6 +481,8 @@ def _every_image(config: Config) -> Images:
     place = Path(config.data_dir) if config.data_dir else default_data_dir()
     source = sources.read_source(config.dataset, place, config.image_size)
     parts = [part for part in (source.train, source.test) if part is not None]
+    if len(parts) == 1:
+        return small_in_memory(*parts)[0]
     labels = None if any(part.labels is None for part in parts) else torch.cat([part.labels for part in parts])
     return Images(torch.cat([part.pixels for part in parts]), labels)
 
@@ -526,7 +529,9 @@ def _continuous(run: str | Path, what: str, which: str, device: str) -> VAE:
     return vae
 
 
-def _in_batches(function: Callable[..., Tensor], inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+def _in_batches(
+    function: Callable[..., Tensor], inputs: Tensor | FilePixels, labels: Tensor | None = None
+) -> Tensor:
     """The function of all inputs with their labels, on the CPU, whatever their number."""
     of_labels = repeat(None) if labels is None else labels.split(BATCH)
     return torch.cat(
