@@ -58,6 +58,7 @@ _NAMES_OF = {
         "Rws",
     ],
     "data": ["DATASETS", "Dataset", "Images", "load_dataset"],
+    "graphs": ["capture", "Step", "Capture", "CaptureWarning"],
     "training": ["fit", "Fit"],
     "evidence": ["importance_weighted", "naive", "annealed", "Evidence"],
     "evaluation": ["evaluate", "Evaluation"],

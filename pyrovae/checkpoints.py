@@ -1,6 +1,7 @@
 """Files that a run continues from: written as a whole or not at all, read without executing anything."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -30,17 +31,23 @@ def read_metrics(directory: Path) -> list[Row]:
     return rows
 
 
-def load_checkpoint(path: Path, device: torch.device | str) -> dict[str, Any]:
+def load_checkpoint(path: Path, device: torch.device | str, contents: bytes | None = None) -> dict[str, Any]:
     """The contents of a checkpoint, which are plain types and tensors only: nothing in it is executed.
+
+    Args:
+        path: The file.
+        device: Where its tensors go.
+        contents: What is in the file, which then need not be at hand.
 
     Raises:
         CheckpointError: No such file, a damaged one, or one of another program.
     """
-    if not path.is_file():
+    if contents is None and not path.is_file():
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file")
     with explained(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's doubts about a foreign pickle, which it then refuses
-        state = torch.load(path, map_location=device, weights_only=True)
+        file = path if contents is None else io.BytesIO(contents)
+        state = torch.load(file, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
     return state

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import Field, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from pyrovae import assessment, figures, pictures, runs
+from pyrovae import assessment, distributed, figures, pictures, runs
 from pyrovae import report as reports
 from pyrovae import sweep as sweeps
 from pyrovae.assessment import Examination
@@ -28,6 +29,7 @@ from pyrovae.config import Config, flag
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
+from pyrovae.graphs import CaptureWarning
 from pyrovae.guides import GUIDES
 from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, write
 from pyrovae.likelihoods import LIKELIHOODS
@@ -108,15 +110,33 @@ def _with_flags(message: str) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    if distributed.first_to_say("what failed"):
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
     raise click.exceptions.Exit(code)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What runs uncompiled is said in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CaptureWarning)
+        shown = warnings.showwarning
+
+        def show(message, category, *args, **kwargs) -> None:
+            if issubclass(category, CaptureWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                shown(message, category, *args, **kwargs)
+
+        warnings.showwarning = show
+        yield
 
 
 def _train(
     out: str | None, resume: str | None, recipe: str | None, autoencoder: bool, quiet: bool, **settings: Any
 ) -> None:
     ctx = click.get_current_context()
-    with _one_line_errors():
+    with _one_line_errors(), _plain_warnings(), distributed.joined():
         given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
@@ -128,14 +148,19 @@ def _train(
             raise runs.RunError("expected out without --resume, which continues in the run's own directory")
         else:
             run, result = runs.resume(resume, changes=given, quiet=quiet)
-        if result.stopped_by is not None and not result.progress.finished:
-            click.echo(
-                f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
-                f"  {_program(ctx)} train --resume {shlex.quote(str(run))}",
-                err=True,
-            )
-            raise click.exceptions.Exit(128 + result.stopped_by)
-        click.echo(str(run) if quiet else _summary(run, result))
+        stopped = result.stopped_by if not result.progress.finished else None
+        if distributed.rank() == 0:
+            if stopped is None:
+                click.echo(str(run) if quiet else _summary(run, result))
+            else:
+                click.echo(
+                    f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
+                    f"  {_program(ctx)} train --resume {shlex.quote(str(run))}",
+                    err=True,
+                )
+        distributed.wait()  # a launcher ends all when one ends with an exit code
+    if stopped is not None:
+        raise click.exceptions.Exit(128 + stopped)
 
 
 def _with_shorthand(given: dict[str, Any], autoencoder: bool) -> dict[str, Any]:
@@ -160,9 +185,13 @@ def _of_recipe(name: str, given: dict[str, Any]) -> Config:
 
 
 def _program(ctx: click.Context) -> str:
-    """What to type for this program: a script by the interpreter that runs it."""
+    """What to type for this program: a script by the interpreter that runs it, or by torchrun."""
+    launcher = distributed.launcher()
     if not sys.argv[0].endswith("cli.py"):
-        return ctx.find_root().info_name
+        name = ctx.find_root().info_name
+        return f"{shlex.join(launcher)} --no-python {name}" if launcher else name
+    if launcher:
+        return shlex.join([*launcher, sys.argv[0]])
     on_path = shutil.which("python") == sys.executable
     return shlex.join(["python" if on_path else os.path.relpath(sys.executable), sys.argv[0]])
 
@@ -225,7 +254,14 @@ train_command = click.Command(
 )
 
 
-_MEASURED = ("batch_size", "seed", "cuda", "alpha", "data_dir")  # options of a measurement, not of the model
+_MEASURED = (
+    "batch_size",
+    "seed",
+    "cuda",
+    "alpha",
+    "data_dir",
+    "compile",
+)  # options of a measurement, not of the model
 
 
 def _sweep(
@@ -354,7 +390,7 @@ def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at
         own = {name: value for name, value in own.items() if value is not None}
         if testbed:
             own = {"particles": (1, 2, 4), "draws": 4096} | own
-        of_batch = {name: settings.pop(name) for name in ("batch_size", "alpha")}
+        of_batch = {name: settings.pop(name) for name in ("batch_size", "alpha", "compile")}
         measurement = Measurement(**own, **of_batch, seed=settings["seed"], quiet=quiet or as_json)
         with results_directory(run, out) as directory:
             if testbed:

@@ -69,6 +69,9 @@ def spelled(field: Field, value: Any) -> str:
     return str(value)
 
 
+LONG = 10_000  # steps of training that repay the compilation of one
+COMPILE = dict.fromkeys(("auto", "on", "off"))
+
 GUIDE_SETTINGS = (
     "scale_head",
     "rank",
@@ -230,6 +233,12 @@ class Config:
     )
     seed: int = option(0, "Of weights, noise, data order and subsets.", short="s")
     cuda: bool = option(False, "Run on the GPU.")
+    compile: str = option(
+        "auto",
+        f"Compile the training step; auto does from {LONG:,} steps on, which repay it.",
+        choices=COMPILE,
+    )
+    bf16: bool = option(False, "Products of layers in bfloat16.")
     figure_epochs: tuple[int, ...] = option(
         (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
         "Epochs, besides the last, whose reconstructions are pictured.",
@@ -276,7 +285,7 @@ class Config:
                     )
 
     def make_dataset(self) -> Dataset:
-        """The images, in memory on the CPU."""
+        """The images, on the CPU: in memory, but for those of a large .npy, which stay in the file."""
         return load_dataset(
             self.dataset,
             data_dir=Path(self.data_dir) if self.data_dir else None,

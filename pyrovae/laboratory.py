@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyrovae import figures
 from pyrovae.checkpoints import load_checkpoint, write_atomically
 from pyrovae.comparison import USUAL, Comparison, compare
-from pyrovae.config import Config
+from pyrovae.config import COMPILE, LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.evaluation import seeded
 from pyrovae.runs import RunError, load, new_directory, read_config
@@ -40,6 +40,8 @@ class Measurement:
         batches: Such batches over which the mean gradient's own variance is found; 0 to leave it out.
         seed: Of the noise and of stochastic binarization.
         alpha: The order of `renyi`.
+        compile: Whether to compile programs whose draws are taken one by one: "on", "off", or "auto", where
+            there are enough draws to repay it.
         quiet: No progress bar.
 
     Raises:
@@ -53,6 +55,7 @@ class Measurement:
     batches: int = 4
     seed: int = 0
     alpha: float | None = None
+    compile: str = "auto"
     quiet: bool = True
 
     def __post_init__(self):
@@ -62,6 +65,8 @@ class Measurement:
                 raise ValueError(f"expected {name} >= {value}, got {getattr(self, name)}")
         if not self.particles or min(self.particles) < 1:
             raise ValueError(f"expected particles of at least 1, got {','.join(map(str, self.particles))}")
+        if self.compile not in COMPILE:
+            raise ValueError(f"expected compile in {', '.join(COMPILE)}, got {self.compile!r}")
         if self.seed < 0:
             raise ValueError(f"expected seed >= 0, got {self.seed}")
 
@@ -128,6 +133,8 @@ class Measurement:
                 lr=config.lr,
                 kl_warmup=config.kl_warmup,
                 seed=config.seed,
+                compile=config.compile == "on",
+                bf16=config.bf16,
                 on_epoch=measure,
                 quiet=self.quiet,
             )
@@ -152,6 +159,7 @@ class Measurement:
                 draws=self.draws,
                 seed=self.seed,
                 alpha=self.alpha,
+                compile=self.compile == "on" or (self.compile == "auto" and self.draws >= LONG),
                 progress=progress,
                 **settings,
             )

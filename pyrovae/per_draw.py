@@ -12,18 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyro
-import pyro.poutine as poutine
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from pyrovae.estimators import Elbo, Estimator
 from pyrovae.evaluation import seeded
+from pyrovae.graphs import Capture
+from pyrovae.pairs import device_of, modules_of, reads_attribute, used_tensors
 
 CONVOLUTIONS = {  # the names of their arguments after the input and the weight
     torch.conv2d: ("bias", "stride", "padding", "dilation", "groups"),
@@ -72,72 +71,6 @@ class Gradient:
         return rows * width < self.inputs.shape[-1] * self.deltas.shape[-1]
 
 
-def modules_of(*programs: Callable) -> set[nn.Module]:
-    """The modules that the programs are, or are methods of, and all in them."""
-    owners = [getattr(program, "__self__", program) for program in programs]
-    return {module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
-
-
-@contextlib.contextmanager
-def untouched(*programs: Callable) -> Iterator[None]:
-    """The programs' modules in evaluation mode; on leaving they and Pyro's parameter store are as they were."""
-    modes = {module: module.training for module in modules_of(*programs)}
-    for module in modes:
-        module.training = False
-    store = pyro.get_param_store()
-    try:
-        with store.scope(store.get_state()):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict[str, Tensor], set[str]]:
-    """The tensors that a pair learns, unconstrained, by name, and the names of those that the guide uses.
-
-    Those of the modules that the programs are methods of, and of `pyro.param` and `pyro.module`.
-
-    Raises:
-        ValueError: There is none.
-    """
-    named: dict[int, tuple[str, Tensor]] = {}
-    with seeded(0, _device(args)), torch.no_grad():
-        for program in (guide, model):
-            owner = getattr(program, "__self__", program)
-            if isinstance(owner, nn.Module):
-                for name, parameter in owner.named_parameters():
-                    named.setdefault(id(parameter), (name, parameter))
-        guide_trace = poutine.trace(guide).get_trace(*args)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
-        for trace in (guide_trace, model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] == "param":
-                    leaf = pyro.get_param_store().get_state()["params"].get(name, site["value"])
-                    named.setdefault(id(leaf), (name, leaf))
-    parameters = {name: tensor for name, tensor in named.values() if tensor.requires_grad}
-    if not parameters:
-        raise ValueError("expected a model or guide with parameters that require a gradient, got none")
-    with seeded(0, _device(args)), _Watch(parameters) as watch:
-        guide(*args)
-    return parameters, watch.seen
-
-
-class _Watch(TorchFunctionMode):
-    """Notes which parameters are used."""
-
-    def __init__(self, parameters: dict[str, Tensor]):
-        super().__init__()
-        self.names = {id(tensor): name for name, tensor in parameters.items()}
-        self.seen: set[str] = set()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if not _reads_attribute(func):
-            self.seen.update(_used(self.names, args, kwargs))
-        return func(*args, **kwargs)
-
-
 class PerDrawGradients:
     """One gradient per draw of an estimator's bound, averaged over the batch.
 
@@ -150,6 +83,7 @@ class PerDrawGradients:
         vectorize: Whether to take many draws in one pass. None: where that is possible.
         block: A pass takes as many draws as a multiple of this, or as divide it.
         whole: Whether gradients will be asked for as they are, which takes more memory.
+        compile: Whether draws that are taken one by one are taken by a compiled program (see `capture`).
 
     Attributes:
         reason: Why draws are taken one by one, or "" where they are not.
@@ -171,6 +105,7 @@ class PerDrawGradients:
         vectorize: bool | None,
         block: int,
         whole: bool,
+        compile: bool,
     ):
         if not isinstance(estimator, Estimator) and not hasattr(estimator, "differentiable_loss"):
             raise ValueError(f"expected an ELBO with differentiable_loss, got {type(estimator).__name__}")
@@ -178,7 +113,7 @@ class PerDrawGradients:
         self.parameters = parameters
         self.seed = seed
         self.batch = len(args[0])
-        self.device = _device(args)
+        self.device = device_of(args)
         self.block, self.whole = block, whole
         self.chunk, self.reason = block, "as asked"
         self.noise_dims: list[int] = []
@@ -196,6 +131,9 @@ class PerDrawGradients:
                 if vectorize:
                     raise NotVectorized(str(error)) from error
                 self.reason = str(error).split("\n")[0]
+        if self.reason and compile:
+            owners = [*modules_of(model, guide), estimator]
+            self._gradients = Capture(self._gradients, owners)
 
     def __call__(self, draws: range) -> Iterator[tuple[range, Callable[[str], Gradient]]]:
         """Gradients of these draws in chunks: the chunk's draws, and a function of a parameter's name."""
@@ -221,12 +159,16 @@ class PerDrawGradients:
 
     def _one(self, draw: int) -> dict[str, Tensor]:
         with seeded(_mixed(self.seed, draw), self.device):
-            loss = self.loss(*self.args)
-        if not loss.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        leaves = list(self.parameters.values())
-        gradients = torch.autograd.grad(-loss / self.batch, leaves, allow_unused=True, materialize_grads=True)
+            gradients = self._gradients(*self.args)
         return dict(zip(self.parameters, gradients, strict=True))
+
+    def _gradients(self, *args: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.parameters.values())
+        with torch.enable_grad():
+            loss = self.loss(*args)
+            if not loss.requires_grad:
+                return tuple(torch.zeros_like(leaf) for leaf in leaves)
+            return torch.autograd.grad(-loss / self.batch, leaves, allow_unused=True, materialize_grads=True)
 
     def _many(self, draws: range) -> Callable[[str], Gradient]:
         """All these draws in one pass."""
@@ -301,8 +243,8 @@ class _Apart(TorchFunctionMode):
         sampler = getattr(func, "__name__", "")
         if sampler in _SAMPLERS:
             return self._sample(sampler, *args, **kwargs)
-        used = _used(self.names, args, kwargs)
-        if not used or _reads_attribute(func):
+        used = used_tensors(self.names, args, kwargs)
+        if not used or reads_attribute(func):
             return func(*args, **kwargs)
         if func not in LAYERS:
             raise NotVectorized(f"the parameter {used[0]} is not a layer's: it enters by {sampler}")
@@ -487,21 +429,8 @@ _SAMPLERS: dict[str, Callable[[tuple, dict], list[int]]] = {
 _NORMAL = ("normal_", "randn_like", "randn")
 
 
-def _used(names: dict[int, str], args: tuple, kwargs: dict) -> list[str]:
-    """The parameters among a function's arguments, in lists as well."""
-    return [names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in names]
-
-
 def _random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _reads_attribute(func: Callable) -> bool:
-    return getattr(func, "__name__", "") in ("__get__", "dim", "size", "numel", "is_floating_point", "__len__")
-
-
-def _device(args: tuple) -> torch.device:
-    return next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
 
 
 def _mixed(seed: int, draw: int) -> int:

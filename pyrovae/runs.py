@@ -12,23 +12,28 @@ import itertools
 import json
 import math
 import platform
+import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
-from pyrovae import figures
+from pyrovae import distributed, figures
 from pyrovae.checkpoints import explained, load_checkpoint, read_metrics, write_atomically
-from pyrovae.config import Config
+from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
-from pyrovae.training import DeferredSignals, Fit, check_trainable, fit
+from pyrovae.training import DeferredSignals, Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
 
 PICTURED = 20  # images in a figure of reconstructions or samples
+ENCODED = 5000  # images at a time
 GRID_SIDE = 20  # decoded points per side of the manifold
-MAY_CHANGE = ("epochs", "patience", "cuda", "dataset", "data_dir")  # on resuming; the data only in place
+# On resuming; the data only in place.
+MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
 VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
 
 
@@ -55,16 +60,29 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
         >>> load(run).sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
-    device = config.device()
-    dataset = config.make_dataset()
-    config = config.resolved(dataset.levels)
+    with distributed.together():
+        device = distributed.own_device(config.device())
+    dataset = distributed.in_turn(config.make_dataset)
+    if distributed.world() > 1 and len(set(distributed.gathered(json.dumps(_describe(dataset))))) > 1:
+        raise RunError(f"expected the same data for every process, got different ones of {config.dataset}")
+    steps = config.epochs * len(batch_sizes(len(dataset.train), config.batch_size))
+    chosen, config = config.compile, config.resolved(dataset.levels)
+    if chosen == "auto":  # decided once: a resumed run goes on in the same mode
+        config = replace(config, compile="on" if steps >= LONG and distributed.world() == 1 else "off")
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
-    try:
-        directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
-        _write_config(directory, config, dataset)
-    except OSError as error:
-        raise RunError(f"expected out where a run can be written, got: {error}") from None
+
+    def begin() -> Path:
+        try:
+            directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
+            _write_config(directory, config, dataset)
+        except OSError as error:
+            raise RunError(f"expected out where a run can be written, got: {error}") from None
+        return directory
+
+    directory = distributed.from_first(begin)
+    if chosen == "auto" and not quiet and distributed.rank() == 0:
+        tqdm.write(f"compile {config.compile}, for {steps:,} steps", file=sys.stderr)
     return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
 
 
@@ -83,22 +101,30 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
         CheckpointError: The checkpoint is missing, damaged or of another run.
     """
     directory = Path(run)
-    saved, described = read_config(directory)
+    saved, described = distributed.from_first(lambda: read_config(directory))
     config = _changed(saved, changes or {})
-    device = config.device()
-    dataset = config.make_dataset()
-    if not same_data(described, dataset, config):
-        raise RunError(f"expected the data that {directory} was trained on, got others from {config.dataset}")
+    with distributed.together():
+        device = distributed.own_device(config.device())
+    dataset = distributed.in_turn(config.make_dataset)
+    with distributed.together():
+        if not same_data(described, dataset, config):
+            raise RunError(
+                f"expected the data that {directory} was trained on, got others from {config.dataset}"
+            )
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(device)
-    # A damaged checkpoint must not cost the run its settings: it is read before they are written.
-    state = load_checkpoint(directory / "checkpoint.pt", device)
-    with explained(directory / "checkpoint.pt"):
-        vae.load_state_dict(state["model"])
-        done = state["progress"]["epoch"]
-    if config.epochs < done:
-        raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
-    if config != saved:
-        _write_config(directory, config, dataset)
+
+    def begin() -> None:
+        # A damaged checkpoint must not cost the run its settings: it is read before they are written.
+        state = load_checkpoint(directory / "checkpoint.pt", device)
+        with explained(directory / "checkpoint.pt"):
+            vae.load_state_dict(state["model"])
+            done = state["progress"]["epoch"]
+        if config.epochs < done:
+            raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
+        if config != saved:
+            _write_config(directory, config, dataset)
+
+    distributed.from_first(begin)
     return directory, _fit(directory, config, dataset.to(device), vae, resume=True, quiet=quiet)
 
 
@@ -171,6 +197,8 @@ def same_data(described: dict[str, Any], dataset: Dataset, config: Config) -> bo
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    if changes.get("compile") == "auto":
+        changes = {name: value for name, value in changes.items() if name != "compile"}
     merged = config.to_json() | changes
     for name, value in merged.items():
         if name not in MAY_CHANGE and value != getattr(config, name):
@@ -204,11 +232,13 @@ def new_directory(stem: Path, out: str | Path | None) -> Path:
 
 
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
-    (directory / "figures").mkdir(exist_ok=True)
+    first = distributed.rank() == 0
+    if first:
+        (directory / "figures").mkdir(exist_ok=True)
     pictured = dataset.validation[:PICTURED]
 
     def picture(epoch: int) -> None:
-        if epoch in config.figure_epochs:
+        if first and epoch in config.figure_epochs:
             reconstructed = vae.reconstruct(pictured.pixels, pictured.labels)
             figure = figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}")
             figure.savefig(directory / "figures" / f"reconstructions-{epoch:04}.png", dpi=100)
@@ -222,6 +252,8 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
         batch_size=config.batch_size,
         lr=config.lr,
         kl_warmup=config.kl_warmup,
+        compile=config.compile == "on",
+        bf16=config.bf16,
         patience=config.patience,
         seed=config.seed,
         directory=directory,
@@ -229,7 +261,7 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
         on_epoch=picture,
         quiet=quiet,
     )
-    if result.progress.finished:
+    if first and result.progress.finished:
         with DeferredSignals():
             _picture(directory, dataset, vae)
     return result
@@ -254,7 +286,9 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
             z, quantiles = prior_grid(GRID_SIDE)
             rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
             pictures["manifold"] = figures.manifold(rows, quantiles)
-        pictures["latent"] = figures.latent_cloud(vae.encode(images.pixels, images.labels), images.labels)
+        parts = (images[start : start + ENCODED] for start in range(0, len(images), ENCODED))
+        codes = torch.cat([vae.encode(part.pixels, part.labels) for part in parts])
+        pictures["latent"] = figures.latent_cloud(codes, images.labels)
     for name, figure in pictures.items():
         figure.savefig(directory / "figures" / f"{name}.png", dpi=100)
 

@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -23,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pyrovae import distributed
 from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, write_atomically
 from pyrovae.config import Config
 
@@ -191,7 +193,13 @@ class Sweep:
             arguments = ["--recipe", str(recipe), "--out", str(run)]
         with open(self.directory / "cells" / f"{name}.log", "a") as log:
             command = [sys.executable, "-m", "pyrovae", "train", *arguments, "--quiet"]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                env=distributed.without_launcher(os.environ),
+            ).returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if code > 128:

@@ -12,18 +12,23 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from pyrovae import distributed
 from pyrovae.checkpoints import (
     FORMAT,
     CheckpointError,
@@ -38,8 +43,9 @@ from pyrovae.checkpoints import (
     write_atomically,
 )
 from pyrovae.data import Images
-from pyrovae.estimators import Elbo, Estimator
+from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation import Evaluation, evaluate, without_constant
+from pyrovae.graphs import CaptureWarning, Replay, Step
 from pyrovae.vae import VAE
 
 
@@ -92,6 +98,8 @@ def fit(
     directory: Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[int], None] = lambda epoch: None,
+    compile: bool = False,
+    bf16: bool = False,
     quiet: bool = False,
 ) -> Fit:
     """Trains a VAE by Adam on the estimator's surrogate, on the device where it and the data are.
@@ -101,21 +109,31 @@ def fit(
     `checkpoint.pt`, and the metrics as a line of `metrics.jsonl`. SIGINT (Ctrl-C) and SIGTERM end the
     run after the batch at hand, with its state saved. Random states are the caller's again on return.
 
+    Where PyTorch has a process group (see `distributed.joined`), all its processes train this one model:
+    each calls this with the same arguments and its own device, and works on its rows of each batch. The
+    gradients are then those of the whole batch, but that batch norm on a CPU has the statistics of a
+    process's own rows; baselines are averages of what the processes learn. The first validates and writes,
+    and all return the same. A signal to one of them stops all after the next batch.
+
     Args:
         vae: What is trained, in place.
         train: The images to fit.
         validation: The images that decide which parameters are the best, and when to stop.
         estimator: What is maximised; `Elbo()` if None.
         epochs: Passes over the training images.
-        batch_size: Images per step; a last batch of one image joins the one before it.
+        batch_size: Images per step, of all processes; a last batch of one image joins the one before it.
         lr: Adam's learning rate.
         kl_warmup: Epochs over which the weight of the KL rises linearly to the VAE's beta.
         patience: Stop after this many epochs without a better validation objective; None never does.
         seed: Of the data order, the noise and stochastic binarization.
         directory: Where to save; None to save nothing.
-        resume: Continue from the directory's checkpoint, bit-identically (on a CPU) to a run that
-            was never interrupted. Every other argument must be what it was; epochs may be more.
-        on_epoch: Called with the epoch's number, from 1, after it was saved.
+        resume: Continue from the directory's checkpoint, bit-identically (on a CPU, and on as many
+            processes) to a run that was never interrupted. Every other argument must be what it was;
+            epochs may be more.
+        on_epoch: Called with the epoch's number, from 1, after it was saved; by every process.
+        compile: Train by compiled gradients (see `capture`), and on a GPU by whole steps as CUDA graphs.
+            That takes some seconds to begin with. The same up to rounding; several processes do without.
+        bf16: Products of layers in bfloat16; parameters and all else stay in float32.
         quiet: No progress bar.
 
     Returns:
@@ -125,9 +143,14 @@ def fit(
         density, `elbo` and `kl` are None, and that loss is SSE/(2c).
 
     Raises:
-        ValueError: epochs or batch_size is less than 1, or a KL warm-up would spoil importance weights.
+        ValueError: epochs or batch_size is less than 1, a KL warm-up would spoil importance weights, or the
+            process group is on GPUs only.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
+        LostProcess: Another process ended.
+
+    Warns:
+        CaptureWarning: `compile` was asked for and is not possible.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
@@ -147,9 +170,19 @@ def fit(
         patience=patience,
         seed=seed,
         directory=directory,
+        compile=compile,
+        bf16=bf16,
     )
-    with preserved_random_states(), DeferredSignals() as signals:
+    distributed.check_group()
+    with (
+        preserved_random_states(),
+        DeferredSignals() as signals,
+        distributed.watched(),
+        distributed.synchronised_norms(vae),
+    ):
         pyro.set_rng_seed(seed)
+        if distributed.world() > 1:
+            trainer.distribute()
         if resume:
             trainer.restore()
         else:
@@ -158,13 +191,13 @@ def fit(
             total=epochs * trainer.batches,
             initial=trainer.progress.epoch * trainer.batches + trainer.progress.batch,
             unit="batch",
-            disable=quiet,
+            disable=quiet or distributed.rank() > 0,
             dynamic_ncols=True,
             mininterval=0.2 if os.isatty(2) else 10,
         )
         with bar, contextlib.ExitStack() as stack:
             stack.callback(setattr, vae, "beta", vae.beta)
-            while not trainer.over() and not signals.received:
+            while not trainer.over() and not signals.stop():
                 trainer.run_epoch(bar, signals)
                 if trainer.progress.batch == 0:
                     on_epoch(trainer.progress.epoch)
@@ -218,6 +251,8 @@ class _Trainer:
     patience: int | None
     seed: int
     directory: Path | None
+    compile: bool
+    bf16: bool
     history: list[Row] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
 
@@ -226,8 +261,40 @@ class _Trainer:
         self.sizes = batch_sizes(len(self.train), self.batch_size)
         self.batches = len(self.sizes)
         self.device = self.train.pixels.device
-        self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True, capturable=on_gpu)
         self.sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
+        self.surrogate: nn.Module = _Surrogate(self.vae, self.estimator)
+        if self.compile and distributed.world() > 1:
+            if distributed.rank() == 0:
+                warnings.warn("runs uncompiled: there are several processes", CaptureWarning, stacklevel=4)
+            self.compile = False
+        if self.compile:
+            leaves = dict(self.vae.named_parameters())
+            self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self._terms)
+            self.update: Callable[..., None] = self._update
+            if on_gpu and not self.estimator.adapts:
+                self.update = Replay(self._update, self._state)
+            self.warmed_beta = torch.tensor(self.beta, device=self.device)
+            self.weights: dict[int, Tensor] = {}
+
+    def distribute(self) -> None:
+        """Has gradients averaged over processes, whose noise differs."""
+        self.surrogate = distributed.parallel(self.surrogate)
+        # PyTorch arranges its messages anew after its first two backward passes, and in another arrangement
+        # numbers are added in another order. Two passes before mean that a resumed run begins as it went on.
+        few = self.train[: min(2, len(self.train))]
+        with preserved_random_states(), pyro.validation_enabled(False):
+            for _ in range(2):
+                surrogate, _ = self.surrogate(self.vae.eval().observe(few.pixels.flatten(1), few.labels))
+                surrogate.sum().backward()
+        if distributed.rank() > 0:
+            self._seed_noise()
+
+    def _seed_noise(self) -> None:
+        """The noise from here on: a function of the seed, of where the run stands, and of the process."""
+        entropy = self.seed, self.progress.epoch, self.progress.batch, distributed.rank()
+        pyro.set_rng_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def over(self) -> bool:
         """Whether the run has ended; says why in `progress.finished`."""
@@ -242,21 +309,20 @@ class _Trainer:
     def run_epoch(self, bar: tqdm, signals: "DeferredSignals") -> None:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
-        indices = self._order().split(self.sizes)
-        pixels, labels = self.train.pixels.flatten(1), self.train.labels if self.vae.classes else None
+        indices = [distributed.shard(chosen) for chosen in self._order().split(self.sizes)]
+        train = self.train if self.vae.classes else Images(self.train.pixels)  # labels where they are seen
         self.vae.train()
-        for batch in range(self.progress.batch, self.batches):
-            with pyro.validation_enabled(self.progress.epoch == batch == 0):
-                chosen = indices[batch]
-                self._step(
-                    pixels.index_select(0, chosen), None if labels is None else labels.index_select(0, chosen)
-                )
-            self.progress.batch = batch + 1
-            bar.update()
-            if signals.received and self.progress.batch < self.batches:
-                self._check_finite(dict(zip(_TERMS, self.sums.tolist(), strict=True)))
-                self.save()
-                return
+        with contextlib.closing(train.batches(indices[self.progress.batch :])) as batches:
+            for batch, images in enumerate(batches, self.progress.batch):
+                with pyro.validation_enabled(self.progress.epoch == batch == 0), self._precision():
+                    self._step(images.pixels.flatten(1), images.labels)
+                self.progress.batch = batch + 1
+                bar.update()
+                if signals.stop(soon=True) and self.progress.batch < self.batches:
+                    sums = distributed.total(self.sums).tolist()
+                    self._check_finite(dict(zip(_TERMS, sums, strict=True)))
+                    self.save()
+                    return
         self._finish_epoch(started)
         bar.set_description(f"epoch {self.progress.epoch}/{self.epochs}", refresh=False)
         bar.set_postfix_str(describe(self.history[-1]), refresh=False)
@@ -264,20 +330,60 @@ class _Trainer:
     def _order(self) -> Int[Tensor, " N"]:
         """The epoch's permutation of the training images: a function of the seed and the epoch."""
         entropy = np.random.SeedSequence((self.seed, self.progress.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        return torch.randperm(len(self.train), generator=generator).to(self.device, non_blocking=True)
+        generator = torch.Generator(self.device).manual_seed(int(entropy))
+        return torch.randperm(len(self.train), generator=generator, device=self.device)
 
     def _step(self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None = None) -> None:
         self.vae.beta = self._beta()
+        if self.compile:
+            self._compiled_step(pixels, labels)
+            return
         self.optimizer.zero_grad(set_to_none=True)
-        draws = self.estimator.draws(*self.vae.pair, self.vae.observe(pixels, labels))
-        (-self.estimator.surrogate(draws).mean()).backward()
+        draws = self._gradients(self.vae.observe(pixels, labels))
         self.optimizer.step()
-        self.estimator.adapt(draws)
+        if self.estimator.adapts:
+            self.estimator.adapt(draws.log_weight.detach(), draws.observations)
+            distributed.average(distributed.tensors_in(self.estimator.state_dict()))
         with torch.no_grad():
-            terms = self.estimator.bound(draws), self.estimator.reconstruction(draws), self.estimator.kl(draws)
-            bound, reconstruction, kl = (term.sum() for term in terms)
-            self.sums += torch.stack([bound, reconstruction, kl / self.vae.beta])
+            self.sums += self._terms(draws)
+
+    def _terms(self, draws: Draws) -> Float[Tensor, " terms"]:
+        """Bound, reconstruction and KL, summed over this process's images."""
+        terms = self.estimator.bound(draws), self.estimator.reconstruction(draws), self.estimator.kl(draws)
+        bound, reconstruction, kl = (distributed.own(term, self._batch_size()).sum() for term in terms)
+        return torch.stack([bound, reconstruction, kl / self.vae.beta])
+
+    def _compiled_step(self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None) -> None:
+        beta = self.vae.beta
+        if self.kl_warmup:  # as a number it would be frozen
+            self.vae.beta = self.warmed_beta.fill_(beta)
+        if len(pixels) not in self.weights:
+            self.weights[len(pixels)] = torch.tensor(1 / len(pixels), device=self.device)
+        self.update(pixels, labels, self.weights[len(pixels)])
+        self.vae.beta = beta
+
+    def _update(self, pixels: Tensor, labels: Tensor | None, weight: Tensor) -> None:
+        terms = self.compiled(self.vae.observe(pixels, labels), weight=weight)
+        self.optimizer.step()
+        self.sums += terms
+
+    def _state(self) -> list[Tensor]:
+        """All that a step changes."""
+        of_optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.vae.parameters(), *self.vae.buffers(), *of_optimizer, self.sums]
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        return Bfloat16Layers(self.device.type) if self.bf16 else contextlib.nullcontext()
+
+    def _gradients(self, observed: Shaped[Tensor, "B E"]) -> Draws:
+        """Leaves the gradients of the whole batch, from this process's shard of it."""
+        surrogate, draws = self.surrogate(observed)
+        (-distributed.mean(surrogate, self._batch_size())).backward()
+        return draws
+
+    def _batch_size(self) -> int:
+        """Images in the batch at hand, of all processes."""
+        return self.sizes[self.progress.batch]
 
     def _beta(self) -> float:
         """The weight of the KL: linear in the step over the warm-up, never 0, then the VAE's beta."""
@@ -286,9 +392,12 @@ class _Trainer:
         return self.beta * min(1.0, step / steps) if steps else self.beta
 
     def _finish_epoch(self, started: float) -> None:
-        means = (self.sums / len(self.train)).tolist()
-        result = evaluate(
-            self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
+        means = (distributed.total(self.sums) / len(self.train)).tolist()
+        distributed.share(self.vae.buffers())
+        result = distributed.from_first(
+            lambda: evaluate(
+                self.vae, self.validation, estimator=self.estimator, batch_size=self.batch_size, seed=self.seed
+            )
         )
         if not self.vae.posterior.density:
             means[-1] = None
@@ -308,6 +417,7 @@ class _Trainer:
             **{name: value.item() for name, value in self.vae.learned.items()},
             "seconds": time.perf_counter() - started,
         }
+        row = distributed.broadcast(row)  # seconds differ
         self._check_finite(row)
         self.history.append(row)
         self.sums.zero_()
@@ -343,6 +453,9 @@ class _Trainer:
         """Writes best.pt, metrics.jsonl and checkpoint.pt, in this order, each as a whole or not at all."""
         if self.directory is None:
             return
+        own, *others = distributed.gathered({"sums": self.sums.cpu(), "random": random_states(self.device)})
+        if distributed.rank() > 0:
+            return
         model = self.vae.state_dict()
         if self.progress.batch == 0 and self.history:
             if self.progress.stale == 0:
@@ -357,9 +470,9 @@ class _Trainer:
             "model": model,
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
-            "sums": self.sums,
+            **own,
+            "others": others,  # the same of the other processes
             "estimator": self.estimator.state_dict(),
-            "random": random_states(self.device),
         }
         save_atomically(state, self.directory / "checkpoint.pt")
 
@@ -368,25 +481,54 @@ class _Trainer:
         if self.directory is None:
             raise CheckpointError("expected a directory to resume from, got None")
         path = self.directory / "checkpoint.pt"
-        state = load_checkpoint(path, self.device)
+        state = self._read(path)
         with explained(path):
             self.vae.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
-            self.sums.copy_(state["sums"])
             self.estimator.load_state_dict(state["estimator"])
-            set_random_states(state["random"], self.device)
-        self.history = read_metrics(self.directory)[: self.progress.epoch]
+            self._restore_own([state, *state.get("others", [])])
+        self.history = distributed.from_first(lambda: read_metrics(self.directory))[: self.progress.epoch]
         if len(self.history) < self.progress.epoch:
             raise CheckpointError(
                 f"expected the metrics of {self.progress.epoch} epochs in {self.directory / 'metrics.jsonl'}, "
                 f"got {len(self.history)}"
             )
         text = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomically(self.directory / "metrics.jsonl", text)
+        distributed.from_first(lambda: write_atomically(self.directory / "metrics.jsonl", text))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint that the first process alone may have at hand."""
+        if distributed.world() == 1:
+            return load_checkpoint(path, self.device)
+        distributed.from_first(lambda: load_checkpoint(path, "cpu") and None)
+        return load_checkpoint(path, self.device, distributed.from_first(path.read_bytes))
+
+    def _restore_own(self, saved: list[dict[str, Any]]) -> None:
+        """The sums and the random state of this process, from those of the processes that there were."""
+        rank, world = distributed.rank(), distributed.world()
+        if rank < len(saved):
+            self.sums.copy_(saved[rank]["sums"])
+            set_random_states(saved[rank]["random"], self.device)
+        else:
+            self._seed_noise()
+        for left in saved[world:] if rank == 0 else ():
+            self.sums += left["sums"].to(self.device)
 
 
 _TERMS = ("bound", "reconstruction", "kl")
+
+
+class _Surrogate(nn.Module):
+    """What is differentiated, of observations, and its draws: as a forward pass, which PyTorch can wrap."""
+
+    def __init__(self, vae: VAE, estimator: Estimator):
+        super().__init__()
+        self.vae, self.estimator = vae, estimator
+
+    def forward(self, observed: Shaped[Tensor, "B E"]) -> tuple[Float[Tensor, " B"], Draws]:
+        draws = self.estimator.draws(*self.vae.pair, observed)
+        return self.estimator.surrogate(draws), draws
 
 
 def describe(row: Row) -> str:
@@ -402,10 +544,42 @@ def describe(row: Row) -> str:
     return f"{text} (bound {row['validation_bound']:.2f})" if tighter else text
 
 
+class Bfloat16Layers(TorchFunctionMode):
+    """While entered, the products of layers are taken in bfloat16; what they give is float32 again."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in _LAYERS:
+            return func(*args, **(kwargs or {}))
+        with torch.autocast(self.device, torch.bfloat16, cache_enabled=False):
+            return func(*args, **(kwargs or {})).float()
+
+
+_LAYERS = {linear, torch.conv2d, torch.conv_transpose2d}
+
+
 class DeferredSignals:
     """While entered, SIGINT and SIGTERM are only noted, in `received`; a second one acts as ever."""
 
     received: signal.Signals | None = None
+
+    def __init__(self):
+        self.agreement = distributed.Agreement()
+
+    def stop(self, *, soon: bool = False) -> bool:
+        """Whether any process has received one; every process must ask, and all get the same answer.
+
+        Args:
+            soon: It may be the answer to the last time of asking, which costs no waiting.
+        """
+        agree = self.agreement.soon if soon else self.agreement.now
+        number = agree(self.received or 0)
+        if number:
+            self.received = signal.Signals(number)
+        return bool(number)
 
     def __enter__(self):
         self.previous = {}

@@ -189,7 +189,8 @@ class VAE(PyroModule):
         return log_lik / (self.trained_beta or self.beta) + log_ratio
 
     def _scaled(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.beta == 1 else poutine.scale(scale=self.beta)
+        plain = not isinstance(self.beta, Tensor) and self.beta == 1
+        return contextlib.nullcontext() if plain else poutine.scale(scale=self.beta)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

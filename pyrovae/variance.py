@@ -20,7 +20,8 @@ from pyro.infer import ELBO
 from scipy import stats as distributions
 from torch import Tensor
 
-from pyrovae.per_draw import Gradient, PerDrawGradients, parameters_of, untouched
+from pyrovae.pairs import parameters_of, untouched
+from pyrovae.per_draw import Gradient, PerDrawGradients
 
 BLOCKS = 32  # means over blocks of draws, from which bias is judged
 LARGEST_ERROR = 1e-3  # relative, of a trace, by rounding
@@ -161,6 +162,7 @@ def gradient_moments(
     parts: Parts | None = None,
     elementwise: bool = True,
     vectorize: bool | None = None,
+    compile: bool = False,
     progress: Callable[[int], Any] = lambda draws: None,
 ) -> GradientStats:
     """The mean and the variance of a gradient estimator, at these parameters and for this batch.
@@ -184,6 +186,7 @@ def gradient_moments(
         elementwise: Whether to find every entry's variance. Without, large linear layers are several
             times faster.
         vectorize: Whether to take many draws in one pass; None: where that is possible.
+        compile: Whether to compile the program of draws that are taken one by one, which takes seconds.
         progress: Called with how many more draws are done.
 
     Raises:
@@ -224,6 +227,7 @@ def gradient_moments(
             vectorize=vectorize,
             block=_block_size(draws),
             whole=elementwise,
+            compile=compile,
         )
         with pyro.validation_enabled(False):
             for numbers, gradient in source(range(draws)):

@@ -13,11 +13,13 @@ from pyrovae.data import DATASETS
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
+    {"files"},
     {"likelihoods", "networks", "estimators", "data", "distributions"},
     {"guides", "testbed"},
     {"vae"},
     {"evidence"},
-    {"evaluation", "checkpoints", "checks"},
+    {"evaluation", "checkpoints", "checks", "distributed", "pairs"},
+    {"graphs"},
     {"training", "per_draw"},
     {"variance"},
     {"comparison"},

@@ -135,6 +135,8 @@ SHORT_FLAGS = {
     "--out": "-o",
 }
 OTHER_FLAGS = {
+    "--compile",
+    "--bf16",
     "--network",
     "--guide",
     "--antithetic",

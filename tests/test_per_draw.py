@@ -21,7 +21,7 @@ from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rl
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.per_draw import Gradient, NotVectorized
 from pyrovae.variance import GradientStats, gradient_moments
-from tests.combinations import KINDS, SMALL, refusal, several, takes
+from tests.combinations import KINDS, SMALL, adapt, refusal, several, takes
 
 F64 = torch.float64
 DRAWS = 4
@@ -48,7 +48,7 @@ def cnn(make_vae, **settings):
 def fitted(estimator, pair, x):
     """The estimator, with a baseline if it learns one."""
     for _ in range(3):
-        estimator.adapt(estimator.draws(*pair, x))
+        adapt(estimator, estimator.draws(*pair, x))
     return estimator
 
 

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,14 @@ import torch
 
 import pyrovae.checkpoints
 import pyrovae.training
-from pyrovae import runs
+from pyrovae import data, runs
 from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
+from pyrovae.graphs import CaptureWarning, Step
 from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
-from pyrovae.training import DivergedError, describe, fit
+from pyrovae.training import Bfloat16Layers, DivergedError, describe, fit
 from tests.test_data import Bomb
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +111,122 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, interr
     _, result = runs.resume(parts)
     assert result.progress.finished
     assert_same_run(whole, parts)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Steps are captured, but nothing is compiled: the trace itself is run. No falling back."""
+    monkeypatch.setattr(pyrovae.training, "Step", partial(Step, backend=lambda graph, inputs: graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        yield
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes_bit_for_bit(
+    tmp_path, interrupt, traced, variant
+):
+    config = Config(**TINY | VARIANTS[variant])
+    plain, _ = runs.train(config, out=tmp_path / "plain")
+    config = replace(config, compile="on")
+    whole, _ = runs.train(config, out=tmp_path / "whole")
+    for ours, theirs in zip(read_metrics(whole), read_metrics(plain), strict=True):
+        numbers = {name for name, value in theirs.items() if value is not None} - {"seconds"}
+        assert numbers == {name for name, value in ours.items() if value is not None} - {"seconds"}
+        for name in numbers:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    interrupt(7)
+    parts, result = runs.train(config, out=tmp_path / "parts")
+    assert result.stopped_by == signal.SIGINT
+    runs.resume(parts)
+    assert_same_run(whole, parts)
+
+
+def test_the_default_compiles_long_runs_only_and_keeps_to_its_choice(tmp_path, interrupt, traced, monkeypatch):
+    steps = 4 * 5
+    for threshold, choice in ((steps, "on"), (steps + 1, "off")):
+        monkeypatch.setattr(runs, "LONG", threshold)
+        interrupt(7)
+        run, _ = runs.train(Config(**TINY), out=tmp_path / choice)
+        assert runs.read_config(run)[0].compile == choice
+        runs.resume(run, changes={"compile": "auto", "epochs": 5})
+        assert runs.read_config(run)[0].compile == choice
+
+
+def test_a_run_goes_on_in_another_mode_if_asked(tmp_path, interrupt, traced):
+    interrupt(7)
+    run, _ = runs.train(Config(**TINY, compile="on"), out=tmp_path / "run")
+    _, result = runs.resume(run, changes={"compile": "off"})
+    assert result.progress.finished
+    assert runs.read_config(run)[0].compile == "off"
+
+
+def test_what_cannot_be_compiled_trains_as_ever_with_one_warning(tmp_path, monkeypatch):
+    def refuse(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    plain, _ = runs.train(Config(**TINY, compile="off"), out=tmp_path / "plain")
+    monkeypatch.setattr(pyrovae.training, "Step", partial(Step, backend=refuse))
+    with pytest.warns(CaptureWarning, match="runs uncompiled: no compiler") as warned:
+        other, _ = runs.train(Config(**TINY, compile="on"), out=tmp_path / "other")
+    assert len(warned) == 1
+    for ours, theirs in zip(read_metrics(other), read_metrics(plain), strict=True):
+        assert ours["elbo"] == pytest.approx(theirs["elbo"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kl_warmup": 2}, {"network": "cnn", "channels": (4,), "hidden": None}], ids=str
+)
+def test_bfloat16_layers_train_to_nearly_the_same_and_keep_float32_parameters(tmp_path, traced, settings):
+    settings = TINY | {"compile": "on"} | settings
+    plain, _ = runs.train(Config(**settings), out=tmp_path / "plain")
+    lowered, _ = runs.train(Config(**settings, bf16=True), out=tmp_path / "lowered")
+    ours, theirs = read_metrics(lowered)[-1], read_metrics(plain)[-1]
+    assert ours["validation_elbo"] == pytest.approx(theirs["validation_elbo"], rel=0.01)
+    assert ours["validation_elbo"] != theirs["validation_elbo"]
+    parameters = torch.load(lowered / "best.pt", weights_only=True)["model"].values()
+    assert {p.dtype for p in parameters} <= {torch.float32, torch.int64}
+
+
+def test_bfloat16_layers_lower_products_and_nothing_else():
+    layer, x = torch.nn.Linear(3, 2), torch.rand(4, 3)
+    with Bfloat16Layers("cpu"):
+        out, other = layer(x), x @ x.T
+    low = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
+    assert out.dtype == torch.float32
+    assert torch.equal(out, low.float())
+    assert torch.equal(other, x @ x.T)
+    out.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"kl_warmup": 2}, {"estimator": "iwae", "particles": 3}], ids=str)
+def test_steps_replayed_on_the_gpu_are_those_run_there(tmp_path, settings):
+    """Recorded, replayed, with a smaller last batch: the same metrics as uncompiled, and no falling back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        results = [
+            runs.train(Config(**TINY | settings, cuda=True, compile=mode), out=tmp_path / mode)[1]
+            for mode in ("on", "off")
+        ]
+    for ours, theirs in zip(*(result.history for result in results), strict=True):
+        assert ours["elbo"] == pytest.approx(theirs["elbo"], rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["stochastic bernoulli", "cnn with batch norm"])
+def test_a_run_on_a_file_is_bit_identical_to_one_in_memory(tmp_path, interrupt, monkeypatch, variant):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (150, 8, 8), dtype=np.uint8))
+    config = Config(**TINY | VARIANTS[variant] | {"dataset": str(tmp_path / "images.npy")})
+    in_memory, _ = runs.train(config, out=tmp_path / "in_memory")
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    assert config.make_dataset().train.on_disk
+    interrupt(7)
+    from_file, result = runs.train(config, out=tmp_path / "from_file")
+    assert result.stopped_by == signal.SIGINT
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pyrovae-read")]
+    runs.resume(from_file)
+    assert_same_run(in_memory, from_file)
 
 
 def test_another_seed_is_another_run(tmp_path):

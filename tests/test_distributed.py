@@ -1,0 +1,456 @@
+"""Training by two processes: the gradients of one, one directory, and one end for all.
+
+Most checks share one pair of processes: `work` is what each of them does, and the tests judge what they left.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from pyrovae import distributed, runs
+from pyrovae.checkpoints import load_checkpoint, read_metrics
+from pyrovae.cli import main
+from pyrovae.config import Config
+from pyrovae.data import Images
+from pyrovae.estimators import ESTIMATORS
+from pyrovae.training import DivergedError, _Trainer, fit
+from tests.test_training import tensors_equal
+
+ROOT = Path(__file__).parent.parent
+TINY = {"limit": (67, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": ()}
+# Five batches, the last of 3 images. Without noise, so that one process and two compute the same.
+STILL = TINY | {"guide": "bernoulli-code", "estimator": "enumerate", "binarize": "threshold"}
+NOISY = TINY | {"estimator": "learned-baseline"}
+ENDLESS = ["--limit", "500/50", "-b", "16", "--hidden", "8", "-e", "100000", "--figure-epochs", ""]
+SIZES = 8, 5, 3, 2, 1  # of a whole batch; for two processes also of unlike shards, and an empty one
+OF_GRADIENTS = {
+    "enumerated codes": {"guide": "bernoulli-code", "estimator": "enumerate", "binarize": "threshold"},
+    "autoencoder": {"guide": "point", "estimator": "reconstruction", "likelihood": "gaussian"},
+}
+
+
+# What each process does
+
+
+def work(directory: Path) -> None:
+    """All checks of one process, in order; what they find goes to a file."""
+    torch.set_num_threads(1)
+    runs._picture = lambda *args: None
+    with distributed.joined():
+        rank, found = distributed.rank(), {}
+        found["gradients"] = {
+            (name, size, flat): gradients(name, size, flat=flat)
+            for name in OF_GRADIENTS
+            for size in SIZES
+            for flat in (False, True)
+        }
+        found["unlike weights"] = gradients("autoencoder", 8, unlike=True)
+        found["directory"], found["still"] = runs.train(Config(**STILL))
+        found["noisy"] = runs.train(Config(**NOISY), out="noisy-whole")[1].progress
+        for config, out in ((STILL, "still-parts"), (NOISY, "noisy-parts")):
+            with interrupted(7, of_rank=1):
+                _, result = runs.train(Config(**config), out=out)
+            found[out] = result.progress, result.stopped_by
+        distributed.from_first(lambda: shutil.copytree("still-parts", "still-for-one"))
+        distributed.from_first(lambda: shutil.copytree("noisy-parts", "noisy-for-one"))
+        runs.resume("noisy-parts")
+        runs.resume("of-one")
+        found["patience"] = runs.train(
+            Config(**TINY | {"epochs": 300, "patience": 2, "lr": 0.05}), out="patience"
+        )[1]
+        found["diverged"] = diverge()
+        for estimator in ("running-mean", "learned-baseline"):
+            found[estimator] = adapted(estimator)
+        small = ["--limit", "67/20", "-b", "16", "--hidden", "8", "-e", "3", "--figure-epochs", ""]
+        with interrupted(2, of_rank=1):
+            found["stopped"] = command("train", *small, "-o", "stopped")
+        found["refused"] = command("train", *small, "-o", "taken")
+        torch.save(found, directory / f"{rank}.pt")
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # another attempt, which says anew what failed
+        main(["train", *ENDLESS, "-o", "killed"])
+
+
+def gradients(name: str, size: int, *, flat: bool = False, unlike: bool = False) -> list[torch.Tensor]:
+    """Of a batch of this size, the only one of an epoch.
+
+    Args:
+        flat: Without PyTorch's wrapper.
+        unlike: From other weights in the second process.
+    """
+    config = Config(hidden=(8,), latent_dim=3, **OF_GRADIENTS[name])
+    torch.manual_seed(1)
+    images = Images(torch.rand(size, 1, 8, 8, dtype=torch.float64))
+    vae = config.make_vae((1, 8, 8), 17).double()
+    if unlike and distributed.rank() == 1:
+        for parameter in vae.parameters():
+            parameter.data.zero_()
+
+    def unwrapped(trainer, observed):
+        surrogate, draws = trainer.surrogate.module(observed)
+        (-distributed.mean(surrogate, size)).backward()
+        distributed.average_gradients(vae.parameters())
+        return draws
+
+    with pytest.MonkeyPatch.context() as patch:
+        if flat:
+            patch.setattr(_Trainer, "_gradients", unwrapped)
+        fit(vae, images, images, estimator=config.make_estimator(), epochs=1, batch_size=size, quiet=True)
+    return [parameter.grad for parameter in vae.parameters()]
+
+
+@contextlib.contextmanager
+def interrupted(at: int, *, of_rank: int):
+    """SIGINT in a training step, counted from 1, of one process."""
+    original, taken = _Trainer._step, 0
+
+    def step(trainer, *batch):
+        nonlocal taken
+        original(trainer, *batch)
+        taken += 1
+        if taken == at and distributed.rank() == of_rank:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Trainer, "_step", step)
+        yield
+
+
+def diverge() -> str:
+    """One process's weights are spoiled after the second epoch; the error."""
+    config = Config(**TINY)
+    dataset, vae = config.make_dataset(), config.make_vae((1, 8, 8), 17)
+
+    def spoil(epoch: int) -> None:
+        if epoch == 2 and distributed.rank() == 1:
+            vae.decoder.body[-1].bias.data.fill_(math.nan)
+
+    distributed.from_first(lambda: Path("diverged").mkdir())
+    options = {"epochs": 4, "batch_size": 16, "directory": Path("diverged"), "quiet": True}
+    try:
+        fit(vae, dataset.train, dataset.validation, on_epoch=spoil, **options)
+    except DivergedError as error:
+        return str(error)
+    return "none"
+
+
+def adapted(name: str) -> list[torch.Tensor]:
+    """What an estimator has learned."""
+    config = Config(**TINY | {"estimator": name})
+    dataset, estimator = config.make_dataset(), config.make_estimator()
+    vae = config.make_vae((1, 8, 8), 17)
+    fit(vae, dataset.train, dataset.validation, estimator=estimator, epochs=1, batch_size=16, quiet=True)
+    return [tensor.clone() for tensor in distributed.tensors_in(estimator.state_dict())]
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    """Of a command line: exit code, standard output and errors."""
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+
+# Processes
+
+
+def start(*arguments: str, cwd: Path, world: int = 2) -> list[subprocess.Popen]:
+    """Processes as torchrun starts them, without it, so that nothing ends one when another ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | group
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes
+        )
+        for r in range(world)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """The exit code and the errors of each; none is left."""
+    try:
+        return [(p.wait(timeout=100), p.communicate()[1]) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def await_epochs(run: Path, epochs: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while len(read_metrics(run)) < epochs:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Where the processes work."""
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def alone(place) -> runs.Fit:
+    """The run without noise by this one process; an interrupted copy of it lies in `of-one`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_picture", lambda *args: None)
+        _, result = runs.train(Config(**STILL), out=place / "alone")
+        with interrupted(8, of_rank=0):
+            runs.train(Config(**STILL), out=place / "of-one")
+    return result
+
+
+@pytest.fixture(scope="module")
+def both(place, alone) -> list[dict]:
+    """What the two processes found, by rank."""
+    (place / "taken").mkdir()
+    (place / "taken" / "file").touch()
+    call = f"import tests.test_distributed as t; t.work(t.Path({str(place)!r}))"
+    first, second = start("-c", call, cwd=place)
+    await_epochs(place / "killed", 2, first)
+    second.kill()
+    ends = ended([first, second])
+    found = [torch.load(place / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return [of_one | {"end": end} for of_one, end in zip(found, ends, strict=True)]
+
+
+def state_of(run: Path) -> dict:
+    return load_checkpoint(run / "checkpoint.pt", "cpu")
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
+
+
+def check_same_metrics(run: Path, history: list[dict], first: int = 0) -> None:
+    rows = read_metrics(run)
+    assert [row["epoch"] for row in rows] == [row["epoch"] for row in history]
+    for ours, theirs in zip(rows[first:], history[first:], strict=True):
+        for name in ours.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+
+
+# Gradients and figures
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["wrapped", "flat"])
+@pytest.mark.parametrize("size", SIZES, ids="{} images".format)
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_two_processes_have_the_gradients_of_one(both, name, size, flat):
+    expected = gradients(name, size)
+    for found in both:
+        for ours, theirs in zip(found["gradients"][name, size, flat], expected, strict=True):
+            assert theirs.abs().max() > 1e-6
+            assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+
+
+def test_all_start_from_the_weights_of_the_first(both):
+    for found in both:
+        for ours, theirs in zip(found["unlike weights"], gradients("autoencoder", 8), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_without_noise_two_processes_report_what_one_does(both, alone, place):
+    check_same_metrics(place / both[0]["directory"], alone.history)
+
+
+def test_one_directory_is_written_and_all_return_the_same(both, place):
+    assert both[0]["directory"] == both[1]["directory"] == Path("runs/digits-bernoulli-1")
+    assert [path.name for path in (place / "runs").iterdir()] == ["digits-bernoulli-1"]
+    assert both[0]["still"].history == both[1]["still"].history == read_metrics(place / both[0]["directory"])
+
+
+def test_every_process_draws_noise_of_its_own(both, place):
+    state = load_checkpoint(place / "noisy-whole" / "checkpoint.pt", "cpu")
+    (other,) = state["others"]
+    assert not torch.equal(state["random"]["torch"], other["random"]["torch"])
+
+
+@pytest.mark.parametrize("name", ["running-mean", "learned-baseline"])
+def test_all_learn_the_same_baseline(both, name):
+    assert tensors_equal(both[0][name], both[1][name])
+    assert len(both[0][name]) == len(list(distributed.tensors_in(adapted(name))))
+    assert any(tensor.any() for tensor in both[0][name])
+
+
+@pytest.mark.parametrize("name", [name for name, family in ESTIMATORS.items() if family().adapts])
+def test_what_an_estimator_learns_is_averaged_in_place(make_vae, name):
+    """`state_dict` gives the tensors themselves; of copies, processes would never agree."""
+    vae, estimator, images = make_vae(hidden=(8,)), ESTIMATORS[name](), Images(torch.rand(4, 1, 8, 8))
+    fit(vae, images, images, estimator=estimator, epochs=1, quiet=True)
+    for tensor in distributed.tensors_in(estimator.state_dict()):
+        tensor.detach().zero_()
+    tensors = list(distributed.tensors_in(estimator.state_dict()))
+    assert tensors
+    assert not any(tensor.any() for tensor in tensors)
+
+
+# Ends, and what comes after
+
+
+@pytest.mark.parametrize("run", ["still-parts", "noisy-parts"])
+def test_a_signal_to_one_process_stops_all_after_the_same_batch(both, run):
+    for found in both:
+        progress, stopped_by = found[run]
+        assert stopped_by == signal.SIGINT
+        assert (progress.epoch, progress.batch) == (1, 3)  # the signal came in the batch before
+
+
+def test_a_resumed_run_of_as_many_processes_is_bit_identical(both, place):
+    assert tensors_equal(metrics_of(place / "noisy-parts"), metrics_of(place / "noisy-whole"))
+    assert tensors_equal(state_of(place / "noisy-parts"), state_of(place / "noisy-whole"))
+
+
+@pytest.fixture
+def _no_figures(monkeypatch):
+    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+
+
+@pytest.mark.usefixtures("_no_figures", "both")
+def test_one_process_goes_on_where_two_stopped(place, alone):
+    runs.resume(place / "still-for-one")
+    check_same_metrics(place / "still-for-one", alone.history)
+    _, result = runs.resume(place / "noisy-for-one")
+    assert result.progress.finished == "epochs"
+    assert state_of(place / "noisy-for-one")["others"] == []
+
+
+@pytest.mark.usefixtures("both")
+def test_two_processes_go_on_where_one_stopped(place, alone):
+    check_same_metrics(place / "of-one", alone.history)
+    assert len(state_of(place / "of-one")["others"]) == 1
+
+
+def test_all_stop_early_together(both):
+    results = [found["patience"] for found in both]
+    assert results[0].progress == results[1].progress
+    assert results[0].progress.finished == "patience"
+
+
+def test_all_diverge_together(both, place):
+    assert both[0]["diverged"] == both[1]["diverged"]
+    assert "in epoch 3; diverged/checkpoint.pt keeps the state before" in both[0]["diverged"]
+    assert load_checkpoint(place / "diverged" / "checkpoint.pt", "cpu")["progress"]["epoch"] == 2
+
+
+def test_ctrl_c_gives_the_exit_code_of_one_process_and_one_hint(both):
+    (first, said, hint), (second, *nothing) = (found["stopped"] for found in both)
+    assert first == second == 130
+    assert said == ""
+    *_, stopped, again = hint.splitlines()
+    assert stopped == "Stopped in epoch 1; nothing is lost. To go on:"
+    assert again.startswith("  torchrun --nproc-per-node 2 ")
+    assert again.endswith(" train --resume stopped")
+    assert "".join(nothing) == ""
+
+
+def test_an_error_of_the_first_is_one_line_and_ends_all(both):
+    (first, *said), (second, *again) = (found["refused"] for found in both)
+    assert first == second == 2
+    lines = [line for line in "".join(said + again).splitlines() if line.startswith("Error")]
+    assert lines == ["Error: expected a new or empty directory for out, got taken, which has files"]
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_killed_process_ends_the_run_with_a_usable_checkpoint(both, place):
+    (code, errors), (killed, _) = (found["end"] for found in both)
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert errors.splitlines()[-1].startswith("Error: lost another process of the run")
+    assert "Traceback" not in errors
+    assert "Warning" not in errors
+    done = state_of(place / "killed")["progress"]["epoch"]
+    assert done >= 2
+    _, result = runs.resume(place / "killed", changes={"epochs": done + 1})
+    assert result.progress.finished == "epochs"
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_torchrun_trains_and_its_ctrl_c_loses_nothing(tmp_path):
+    call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
+    process = subprocess.Popen(
+        [sys.executable, *call, "train", *ENDLESS, "-o", "run"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    await_epochs(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    ((code, errors),) = ended([process])
+    assert code != 0
+    assert errors.count("nothing is lost. To go on:") == 1
+    assert f"  torchrun --nproc-per-node 2 {ROOT / 'cli.py'} train --resume run" in errors.splitlines()
+    state = state_of(tmp_path / "run")
+    assert len(state["others"]) == 1
+    done = state["progress"]["epoch"]
+    _, result = runs.resume(tmp_path / "run", changes={"epochs": done + 1})
+    assert result.progress.finished == "epochs"
+
+
+# Parts
+
+
+def test_shards_cover_a_batch_once_and_have_two_rows(monkeypatch):
+    for world in range(1, 6):
+        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        for size in range(1, 12):
+            owned, values = [], torch.arange(float(size)) + 1
+            average = 0.0
+            for rank in range(world):
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                rows = distributed.shard(torch.arange(size))
+                assert len(rows) == len(rows.unique()) >= min(2, size)
+                owned += rows[: distributed.own_rows(size)].tolist()
+                average += distributed.mean(values[rows], size) / world
+            assert sorted(owned) == list(range(size))
+            assert average == pytest.approx(values.mean().item())
+
+
+def test_batch_norm_is_synchronised_under_its_own_names_and_restored(make_vae, monkeypatch):
+    vae = make_vae(network="cnn", channels=(4, 4))
+    names, parameters = list(vae.state_dict()), list(vae.parameters())
+    before = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
+    with distributed.synchronised_norms(vae):
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in vae.modules())
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with distributed.synchronised_norms(vae):  # on a CPU
+        assert not any(isinstance(module, nn.SyncBatchNorm) for module in vae.modules())
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    with distributed.synchronised_norms(vae):
+        synchronised = [module for module in vae.modules() if isinstance(module, nn.SyncBatchNorm)]
+        assert len(synchronised) == len(before) > 0
+        assert list(vae.state_dict()) == names
+        assert [p is q for p, q in zip(vae.parameters(), parameters, strict=True)] == [True] * len(parameters)
+        synchronised[0].running_mean.add_(1.0)
+    assert [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)] == before
+    assert before[0].running_mean.sum() == before[0].num_features
+
+
+def test_a_program_of_its_own_does_not_join():
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    assert distributed.without_launcher(given | {"MASTER_ADDR": "here", "HOME": "/root"}) == {"HOME": "/root"}
+
+
+def test_old_checkpoints_have_no_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+    run, _ = runs.train(Config(**TINY | {"epochs": 1}), out=tmp_path / "run")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    del state["others"]
+    torch.save(state, run / "checkpoint.pt")
+    _, result = runs.resume(run, changes={"epochs": 2})
+    assert [row["epoch"] for row in result.history] == [1, 2]
+    assert json.loads((run / "config.json").read_text())["config"]["epochs"] == 2
