@@ -37,6 +37,9 @@ UNRECORDED = CHECKED + 1  # calls on a GPU before the procedure is recorded
 
 _LOOKS = {"DataDependentOutputException", "GuardOnDataDependentSymNode"}  # imported, they take a second
 
+_PLAIN = (bool, int, float, str, type(None))
+
+Slot = tuple[dict[str, Any], str]  # a dictionary and a key in it
 Backend = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
 
 
@@ -64,6 +67,20 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequ
         torch.set_flush_denormal(flushed)  # loading what was linked with -ffast-math may change it
 
 
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """While entered, numbers below the smallest normal one count as zero in this thread, on a CPU.
+
+    They come up in the normalised weights of many particles, say, and take tens of times longer.
+    """
+    flushed = _flushes_denormals()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
 class Capture:
     """A function of tensors that runs as a compiled graph.
 
@@ -87,7 +104,8 @@ class Capture:
     ):
         self.function, self.owners, self.backend = function, list(owners), backend
         self.graphs: dict[Hashable, _Graph] = {}
-        self.slots: list[tuple[dict[str, Any], str]] = []
+        self.plain: list[Slot] = []  # where the owners keep settings
+        self.slots: list[Slot] = []  # and where tensors and modules
         self.reason = ""
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
@@ -105,20 +123,21 @@ class Capture:
 
     def _key(self, args: tuple) -> Hashable:
         """What a graph holds for."""
-        settings = [_identity(values.get(name)) for values, name in self.slots]
+        settings = [values.get(name) for values, name in self.plain]
+        tensors = [_identity(values.get(name)) for values, name in self.slots]
         device = device_of(args).type
         modes = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.get_num_threads()
-        return tuple([_kind(arg) for arg in args]), tuple(settings), modes
+        return tuple([_kind(arg) for arg in args]), tuple(settings), tuple(tensors), modes
 
     def _trace(self, args: tuple) -> "_Graph":
         if len(self.graphs) == MOST_GRAPHS:
             raise NotCaptured(
                 f"arguments and settings came in more than {MOST_GRAPHS} kinds: pass what changes as tensors"
             )
-        self.slots = [slot for owner in self.owners for slot in _slots(owner)]
+        self._look_up()
         with self._restored():
             self.function(*args)  # an error of its own is raised as it is; what it makes when first run is made
-        self.slots = [slot for owner in self.owners for slot in _slots(owner)]
+        self._look_up()
         tensors = _tensors(args)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -168,6 +187,11 @@ class Capture:
             raise error if isinstance(error, NotCaptured) else NotCaptured(_first_line(error)) from error
         graph.calls += 1
         return got
+
+    def _look_up(self) -> None:
+        slots = [slot for owner in self.owners for slot in _slots(owner)]
+        self.plain = [(values, name) for values, name in slots if isinstance(values[name], _PLAIN)]
+        self.slots = [(values, name) for values, name in slots if not isinstance(values[name], _PLAIN)]
 
     def _held(self) -> list[Tensor]:
         """The tensors of the owners that the function may change."""
@@ -246,6 +270,8 @@ class Step:
         for name, leaf in self.stored.items():
             if store.get(name) is not leaf:
                 raise ValueError(f"expected {name!r} in Pyro's store to be what was captured: capture it again")
+        for parameter in self.parameters:
+            parameter.grad = None  # so that the new ones take its place, which is still in the cache
         value, *results = self.graph(weight, *args)
         if self.adapts:
             *results, log_weight, observations = results
@@ -397,11 +423,11 @@ class _Named:
         vars(self).update(tensors)
 
 
-def _slots(owner: object) -> list[tuple[dict[str, Any], str]]:
+def _slots(owner: object) -> list[Slot]:
     """Where an object keeps plain values, tensors and modules: dictionaries and keys, in this object alone."""
     values = getattr(owner, "__dict__", {})
     parts = [values, *(values.get(name, {}) for name in ("_parameters", "_buffers", "_modules"))]
-    kept = (bool, int, float, str, type(None), Tensor, nn.Module)
+    kept = (*_PLAIN, Tensor, nn.Module)
     return [(part, name) for part in parts for name, value in part.items() if isinstance(value, kept)] + [
         slot
         for value in ([] if isinstance(owner, nn.Module) else values.values())
