@@ -1,7 +1,9 @@
 """What a Pyro model/guide pair is made of: its modules, and the tensors that it learns."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
@@ -14,8 +16,16 @@ from pyrovae.evidence import seeded
 
 
 def modules_of(*programs: Callable) -> set[nn.Module]:
-    """The modules that the programs are, or are methods of, and all in them."""
-    owners = [getattr(program, "__self__", program) for program in programs]
+    """The modules that the programs are, are methods of, or name, and all in them."""
+    owners: list[Any] = []
+    for program in programs:
+        owner = getattr(program, "__self__", program)
+        owners.append(owner)
+        if inspect.isfunction(owner):
+            named = inspect.getclosurevars(owner)
+            owners += [*named.nonlocals.values(), *named.globals.values()]
+        elif not isinstance(owner, nn.Module):
+            owners += getattr(owner, "__dict__", {}).values()
     return {module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
 
 
@@ -68,10 +78,14 @@ def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict
     return parameters, watch.seen
 
 
-def leaves_of(model: Callable, guide: Callable, *args: Tensor) -> dict[str, Tensor]:
-    """The same tensors, and those among them that are frozen: that require no gradient."""
+def leaves_of(model: Callable, guide: Callable, *args: Any, seed: int | None = 0) -> dict[str, Tensor]:
+    """The same tensors, and those among them that are frozen: that require no gradient.
+
+    The programs are run, with noise of the seed, or of the caller's generators if there is none.
+    """
     named: dict[int, tuple[str, Tensor]] = {}
-    with seeded(0, device_of(args)), unchanged(buffers_of(model, guide)), torch.no_grad():
+    noise = contextlib.nullcontext() if seed is None else seeded(seed, device_of(args))
+    with noise, unchanged(buffers_of(model, guide)), torch.no_grad():
         for program in (guide, model):
             owner = getattr(program, "__self__", program)
             if isinstance(owner, nn.Module):

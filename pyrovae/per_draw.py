@@ -117,7 +117,7 @@ class PerDrawGradients:
         self.block, self.whole = block, whole
         self.chunk, self.reason = block, "as asked"
         self.noise_dims: list[int] = []
-        self.subsampled = not isinstance(estimator, Estimator) and self._subsampling(args) != 1
+        self.subsampling = 1.0 if isinstance(estimator, Estimator) else self._subsampling(args)
         self._one(0)  # whatever the estimator refuses, it says now
         if vectorize is not False:
             try:
@@ -150,7 +150,9 @@ class PerDrawGradients:
         if isinstance(self.estimator, Estimator):
             return -self.estimator.surrogate(self.estimator.draws(self.model, self.guide, *args)).sum()
         loss = self.estimator.differentiable_loss(self.model, self.guide, *args)
-        return loss / self._subsampling(args) if self.subsampled else loss
+        if self.subsampling == 1:
+            return loss
+        return loss / (self.subsampling if len(args[0]) == self.batch else self._subsampling(args))
 
     def _subsampling(self, args: tuple[Tensor, ...]) -> float:
         """What Pyro's estimators multiply the sum over the batch by."""

@@ -133,7 +133,7 @@ def fit(
         on_epoch: Called with the epoch's number, from 1, after it was saved; by every process.
         compile: Train by compiled gradients (see `capture`), and on a GPU by whole steps as CUDA graphs.
             That takes some seconds to begin with. The same up to rounding, and on a CPU denormal numbers count
-            as zero; several processes do without.
+            as zero in this thread; several processes do without.
         bf16: Products of layers in bfloat16; parameters and all else stay in float32.
         quiet: No progress bar.
 
@@ -180,7 +180,8 @@ def fit(
         DeferredSignals() as signals,
         distributed.watched(),
         distributed.synchronised_norms(vae),
-        flushed_denormals() if compile else contextlib.nullcontext(),
+        flushed_denormals() if trainer.compile else contextlib.nullcontext(),
+        torch.cuda.device(trainer.device) if trainer.device.type == "cuda" else contextlib.nullcontext(),
     ):
         pyro.set_rng_seed(seed)
         if distributed.world() > 1:
@@ -276,7 +277,7 @@ class _Trainer:
             self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self._terms)
             self.update: Callable[..., None] = self._update
             if on_gpu and not self.estimator.adapts:
-                self.update = Replay(self._update, self._state)
+                self.update = Replay(self._update, self._state, self._judged, self.compiled.graph.key)
             self.warmed_beta = torch.tensor(self.beta, device=self.device)
             self.weights: dict[int, Tensor] = {}
 
@@ -373,6 +374,12 @@ class _Trainer:
         """All that a step changes."""
         of_optimizer = [value for state in self.optimizer.state.values() for value in state.values()]
         return [*self.vae.parameters(), *self.vae.buffers(), *of_optimizer, self.sums]
+
+    def _judged(self) -> list[list[Tensor]]:
+        """What tells a step: not the parameters, for Adam makes whole steps of what is only rounding."""
+        states = self.optimizer.state.values()
+        of_optimizer = [[state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")]
+        return [*of_optimizer, list(self.vae.buffers()), [self.sums]]
 
     def _precision(self) -> contextlib.AbstractContextManager:
         return Bfloat16Layers(self.device.type) if self.bf16 else contextlib.nullcontext()
@@ -487,6 +494,8 @@ class _Trainer:
         with explained(path):
             self.vae.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["capturable"] = self.device.type == "cuda"  # wherever the checkpoint was made
             self.progress = Progress(**state["progress"])
             self.estimator.load_state_dict(state["estimator"])
             self._restore_own([state, *state.get("others", [])])
