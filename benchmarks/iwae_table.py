@@ -134,8 +134,8 @@ class Cell:
         """What sets the gradients and returns the loss; if compiled, it is so before the clock runs."""
         few = self.train[:BATCH].round()
         if self.settings.compiled and self.step < self.ends[-1]:
-            gradients = capture(*self.vae.pair, estimator, few)
             with preserved_random_states():
+                gradients = capture(*self.vae.pair, estimator, few)
                 for _ in range(3):  # a graph's first calls are compared with what it was made from
                     gradients(few)
             return gradients

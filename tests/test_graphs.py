@@ -435,7 +435,7 @@ def test_an_importance_weighted_step_takes_antithetic_or_many_particles(make_vae
 
 
 class Mixing:
-    """A pair with a gradient that comes out of `autograd.grad` transposed, and a weight drawn when it is made."""
+    """A pair with a gradient that `autograd.grad` gives transposed, and a weight drawn when it is made."""
 
     def model(self, x):
         w = pyro.param("w", lambda: torch.randn(3, 2))
