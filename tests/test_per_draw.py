@@ -3,6 +3,8 @@
 import copy
 import itertools
 import re
+import warnings
+from functools import partial
 
 import jaxtyping
 import numpy as np
@@ -18,6 +20,7 @@ from torch.distributions import constraints
 from pyrovae import per_draw
 from pyrovae.comparison import every_estimator, parse
 from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rloo, RunningMean, Vimco
+from pyrovae.graphs import Capture, CaptureWarning
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.per_draw import Gradient, NotVectorized
 from pyrovae.variance import GradientStats, gradient_moments
@@ -822,3 +825,19 @@ def test_an_estimator_that_does_not_apply_is_refused(make_vae, vectorize):
     vae, x = setting(make_vae, guide="bernoulli-code")
     with pytest.raises(ValueError, match="expected a reparameterized sampler"):
         moments(vae, Elbo(), x, vectorize=vectorize)
+
+
+def test_draws_by_a_captured_program_are_the_same(make_vae, monkeypatch):
+    vae = make_vae((1, 3, 3), guide="iaf", hidden=(6,), latent_dim=2, **SMALL["iaf"])
+    x = vae.observe(torch.rand(4, 9))
+    monkeypatch.setattr(per_draw, "Capture", partial(Capture, backend=lambda graph, inputs: graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CaptureWarning)
+        got, expected = (
+            gradient_moments(*vae.pair, Elbo(), x, draws=8, parts=vae.parts(), compile=compiled)
+            for compiled in (True, False)
+        )
+    assert expected.looped
+    for name, mean in expected.mean.items():
+        torch.testing.assert_close(got.mean[name], mean)
+    assert got.tr_cov() == pytest.approx(expected.tr_cov(), rel=1e-5)
