@@ -56,12 +56,15 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequ
     from torch._inductor import config  # takes seconds
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings, make_fallback
 
     flushed = _flushes_denormals()
     try:
         with config.patch(fallback_random=True):
-            as_they_are = torch.ops.aten.bernoulli.default  # taken apart, it draws other noise
-            apart = {op: how for op, how in select_decomp_table().items() if op != as_they_are}
+            as_it_is = torch.ops.aten.bernoulli.default  # taken apart, it draws other noise
+            apart = {op: how for op, how in select_decomp_table().items() if op != as_it_is}
+            if as_it_is not in lowerings:
+                make_fallback(as_it_is, override_decomp=True)
             return compile_fx(graph, list(inputs), decompositions=apart)
     finally:
         torch.set_flush_denormal(flushed)  # loading what was linked with -ffast-math may change it
