@@ -124,7 +124,8 @@ def _plain_warnings() -> Iterator[None]:
 
         def show(message, category, *args, **kwargs) -> None:
             if issubclass(category, CaptureWarning):
-                click.echo(f"Warning: {message}", err=True)
+                if distributed.first_to_say(str(message)):
+                    click.echo(f"Warning: {message}", err=True)
             else:
                 shown(message, category, *args, **kwargs)
 
@@ -254,14 +255,8 @@ train_command = click.Command(
 )
 
 
-_MEASURED = (
-    "batch_size",
-    "seed",
-    "cuda",
-    "alpha",
-    "data_dir",
-    "compile",
-)  # options of a measurement, not of the model
+# Options of a measurement, not of the model.
+_MEASURED = "batch_size", "seed", "cuda", "alpha", "data_dir", "compile"
 
 
 def _sweep(

@@ -270,21 +270,14 @@ def own_rows(size: int) -> int:
     return len(range(rank(), size, world()))
 
 
-def own(values: Float[Tensor, " rows"], size: int) -> Float[Tensor, " own"]:
+def own(values: Float[Tensor, "rows *rest"], size: int) -> Float[Tensor, "own *rest"]:
     """Those of a shard's values that are of this process's own rows of a batch of this size."""
     return values if world() == 1 else values[: own_rows(size)]
 
 
-def mean(values: Float[Tensor, " rows"], size: int) -> Float[Tensor, ""]:
-    """A number per process whose average over processes is the mean over a batch of this size.
-
-    Args:
-        values: Of a shard, whose borrowed rows get weight 0.
-        size: Of the whole batch.
-    """
-    if world() == 1:
-        return values.mean()
-    return own(values, size).sum() * (world() / size)
+def weights(shard: Float[Tensor, "rows *rest"], size: int) -> Float[Tensor, " rows"]:
+    """Of a shard's rows: the average over processes of weighted sums is the mean over a batch of this size."""
+    return (torch.arange(len(shard)) < own_rows(size)).to(shard) * (world() / size)
 
 
 def total(sums: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -321,11 +314,6 @@ def average(tensors: Iterable[Tensor]) -> None:
                 tensor.copy_(part.view_as(tensor))
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The same of the parameters' gradients, for a step that does not go through `parallel`."""
-    average(parameter.grad for parameter in parameters if parameter.grad is not None)
-
-
 def share(tensors: Iterable[Tensor]) -> None:
     """Puts the first process's values in place of each tensor."""
     if world() > 1:
@@ -343,6 +331,16 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+def norms_to_synchronise(module: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The batch norms whose statistics would be of a process's own rows though they need not be.
+
+    Each with the module that it is in, and its name there.
+    """
+    if world() == 1 or not all(parameter.is_cuda for parameter in module.parameters()):
+        return []
+    return [(m, name, n) for m in module.modules() for name, n in m.named_children() if type(n) in _NORMS]
+
+
 @contextlib.contextmanager
 def synchronised_norms(module: nn.Module) -> Iterator[None]:
     """While entered, batch norm on GPUs has the statistics of the whole batch, of all processes.
@@ -350,9 +348,7 @@ def synchronised_norms(module: nn.Module) -> Iterator[None]:
     On CPUs, for which PyTorch has no such thing, each process normalises with those of its own rows.
     Names and parameters stay as they are.
     """
-    norms = []
-    if world() > 1 and all(parameter.is_cuda for parameter in module.parameters()):
-        norms = [(m, name, n) for m in module.modules() for name, n in m.named_children() if type(n) in _NORMS]
+    norms = norms_to_synchronise(module)
     for parent, name, norm in norms:
         setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
     try:

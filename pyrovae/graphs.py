@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyrovae.checkpoints import preserved_random_states, random_states, set_random_states
 from pyrovae.estimators import Draws, Estimator
-from pyrovae.pairs import device_of, leaves_of, modules_of, unchanged
+from pyrovae.pairs import clones, copy, device_of, leaves_of, modules_of, unchanged
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest number
 MOST_GRAPHS = 16
@@ -173,12 +173,12 @@ class Capture:
         """What the graph gives, if that is what the function gives and the state is the same afterwards."""
         device = device_of(args)
         state = [*self._held(), *graph.written]
-        before, seed = _clones(state), random_states(device)
+        before, seed = clones(state), random_states(device)
         expected = self.function(*args)
-        after, random_after = _clones(state), random_states(device)
+        after, random_after = clones(state), random_states(device)
 
         def rewind() -> None:
-            _copy(before, state)
+            copy(before, state)
             set_random_states(seed, device)
 
         rewind()
@@ -269,22 +269,27 @@ class Step:
         """Why it runs uncompiled, or ""."""
         return self.graph.reason
 
-    def __call__(self, *args: Any, weight: Float[Tensor, ""] | None = None) -> Tensor:
+    def __call__(self, *args: Any, weights: Float[Tensor, "#B"] | None = None) -> Tensor:
         """The loss in nats; each parameter's `.grad` is its gradient afterwards, whatever it was before.
 
         Args:
-            weight: Multiplies the gradient.
+            weights: Of each datum in the gradient, or one for all; 1 if None. For our estimators.
 
         Raises:
-            ValueError: Pyro's parameter store has others by now than the step was made for.
+            ValueError: Pyro's parameter store has others by now than the step was made for, or there are
+                weights for an estimator of Pyro's.
         """
+        if weights is not None and not isinstance(self.estimator, Estimator):
+            raise ValueError(
+                f"expected no weights for {type(self.estimator).__name__}, which sums over the data"
+            )
         store = pyro.get_param_store()._params
         for name, leaf in self.stored.items():
             if store.get(name) is not leaf:
                 raise ValueError(f"expected {name!r} in Pyro's store to be what was captured: capture it again")
         for parameter in self.parameters:
             parameter.grad = None  # so that the new ones take its place, which is still in the cache
-        value, *results = self.graph(weight, *args)
+        value, *results = self.graph(weights, *args)
         if self.adapts:
             log_weight, observations, *results = results
             self.estimator.adapt(log_weight, observations)
@@ -292,12 +297,14 @@ class Step:
             parameter.grad = gradient
         return value
 
-    def _run(self, weight: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    def _run(self, weights: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         learned: tuple[Tensor, ...] = ()
         with torch.enable_grad():
             if isinstance(self.estimator, Estimator):
                 draws = self.estimator.draws(self.model, self.guide, *args)
-                loss = -self.estimator.surrogate(draws).sum() * draws.subsampling
+                surrogate = self.estimator.surrogate(draws)
+                surrogate = surrogate if weights is None else surrogate * weights
+                loss = -surrogate.sum() * draws.subsampling
                 value = (
                     self.value(draws) if self.value else -self.estimator.bound(draws).sum() * draws.subsampling
                 )
@@ -305,7 +312,6 @@ class Step:
                     learned = draws.log_weight, draws.observations
             else:
                 loss = value = self.estimator.differentiable_loss(self.model, self.guide, *args)
-            loss = loss if weight is None else loss * weight
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
         laid_out = [_laid_out(gradient, p) for gradient, p in zip(gradients, self.parameters, strict=True)]
         return tuple(tensor.detach() for tensor in (value, *learned, *laid_out))
@@ -352,10 +358,7 @@ def capture(model: Callable, guide: Callable, estimator: ELBO, *args: Any, backe
         >>> pyro.param("w").item() > 0.8
         True
     """
-    leaves = leaves_of(model, guide, *args, seed=None)
-    if not any(leaf.requires_grad for leaf in leaves.values()):
-        raise ValueError("expected a model or guide with parameters that require a gradient, got none")
-    return Step(model, guide, estimator, leaves, backend=backend)
+    return Step(model, guide, estimator, leaves_of(model, guide, *args, seed=None), backend=backend)
 
 
 class Replay:
@@ -425,17 +428,17 @@ class Replay:
     def _check(self, kind: Hashable, args: tuple) -> None:
         """Replays it, and leaves what it did if that is what the procedure does."""
         state, device = self.state(), device_of(args)
-        before, seed = _clones(state), random_states(device)
+        before, seed = clones(state), random_states(device)
         self.procedure(*args)
-        expected = [_clones(group) for group in self.judged()]
-        _copy(before, state)
+        expected = [clones(group) for group in self.judged()]
+        copy(before, state)
         set_random_states(seed, device)
         try:
             self._replay(kind, args)
             for group, values in zip(self.judged(), expected, strict=True):
                 _compare(group, values, REPLAYED)
         except Exception:
-            _copy(before, state)
+            copy(before, state)
             set_random_states(seed, device)
             raise
 
@@ -486,16 +489,6 @@ def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def _tensors(args: tuple) -> list[Tensor]:
     return [arg for arg in args if isinstance(arg, Tensor)]
-
-
-def _clones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _copy(values: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
 
 
 def _lift(traced: GraphModule) -> list[Tensor]:

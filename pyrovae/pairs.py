@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyro
@@ -52,13 +52,23 @@ def buffers_of(*programs: Callable) -> list[Tensor]:
 @contextlib.contextmanager
 def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
     """On leaving, the tensors hold what they held."""
-    values = [tensor.detach().clone() for tensor in tensors]
+    values = clones(tensors)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+        copy(values, tensors)
+
+
+def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What they hold."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def copy(values: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
+    """Has the tensors hold these values."""
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
 
 
 def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict[str, Tensor], set[str]]:
@@ -69,10 +79,7 @@ def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict
     Raises:
         ValueError: There is none.
     """
-    everything = leaves_of(model, guide, *args)
-    parameters = {name: tensor for name, tensor in everything.items() if tensor.requires_grad}
-    if not parameters:
-        raise ValueError("expected a model or guide with parameters that require a gradient, got none")
+    parameters = {n: leaf for n, leaf in leaves_of(model, guide, *args).items() if leaf.requires_grad}
     with seeded(0, device_of(args)), _Watch(parameters) as watch:
         guide(*args)
     return parameters, watch.seen
@@ -82,6 +89,9 @@ def leaves_of(model: Callable, guide: Callable, *args: Any, seed: int | None = 0
     """The same tensors, and those among them that are frozen: that require no gradient.
 
     The programs are run, with noise of the seed, or of the caller's generators if there is none.
+
+    Raises:
+        ValueError: Nothing is learned: all are frozen, or there is none.
     """
     named: dict[int, tuple[str, Tensor]] = {}
     noise = contextlib.nullcontext() if seed is None else seeded(seed, device_of(args))
@@ -98,6 +108,8 @@ def leaves_of(model: Callable, guide: Callable, *args: Any, seed: int | None = 0
                 if site["type"] == "param":
                     leaf = pyro.get_param_store().get_state()["params"].get(name, site["value"])
                     named.setdefault(id(leaf), (name, leaf))
+    if not any(leaf.requires_grad for _, leaf in named.values()):
+        raise ValueError("expected a model or guide with parameters that require a gradient, got none")
     return dict(named.values())
 
 

@@ -68,7 +68,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     steps = config.epochs * len(batch_sizes(len(dataset.train), config.batch_size))
     chosen, config = config.compile, config.resolved(dataset.levels)
     if chosen == "auto":  # decided once: a resumed run goes on in the same mode
-        config = replace(config, compile="on" if steps >= LONG and distributed.world() == 1 else "off")
+        config = replace(config, compile="on" if steps >= LONG else "off")
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
 

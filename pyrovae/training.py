@@ -133,7 +133,7 @@ def fit(
         on_epoch: Called with the epoch's number, from 1, after it was saved; by every process.
         compile: Train by compiled gradients (see `capture`), and on a GPU by whole steps as CUDA graphs.
             That takes some seconds to begin with. The same up to rounding, and on a CPU denormal numbers count
-            as zero in this thread; several processes do without.
+            as zero in this thread.
         bf16: Products of layers in bfloat16; parameters and all else stay in float32.
         quiet: No progress bar.
 
@@ -268,21 +268,29 @@ class _Trainer:
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True, capturable=on_gpu)
         self.sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
         self.surrogate: nn.Module = _Surrogate(self.vae, self.estimator)
-        if self.compile and distributed.world() > 1:
-            if distributed.rank() == 0:
-                warnings.warn("runs uncompiled: there are several processes", CaptureWarning, stacklevel=4)
+        self.weights: dict[int, Tensor] = {}
+        if self.compile and distributed.norms_to_synchronise(self.vae):
+            message = "runs uncompiled: batch norm has the statistics of several GPUs"
+            warnings.warn(message, CaptureWarning, stacklevel=4)
             self.compile = False
         if self.compile:
             leaves = dict(self.vae.named_parameters())
             self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self._terms)
             self.update: Callable[..., None] = self._update
-            if on_gpu and not self.estimator.adapts:
+            if on_gpu and not self.estimator.adapts and distributed.world() == 1:
                 self.update = Replay(self._update, self._state, self._judged, self.compiled.graph.key)
             self.warmed_beta = torch.tensor(self.beta, device=self.device)
-            self.weights: dict[int, Tensor] = {}
 
     def distribute(self) -> None:
-        """Has gradients averaged over processes, whose noise differs."""
+        """Has all processes start from the first's parameters, draw noise of their own, and share gradients."""
+        if self.compile:
+            distributed.share(self.vae.parameters())
+        else:
+            self._wrap()
+        if distributed.rank() > 0:
+            self._seed_noise()
+
+    def _wrap(self) -> None:
         self.surrogate = distributed.parallel(self.surrogate)
         # PyTorch arranges its messages anew after its first two backward passes, and in another arrangement
         # numbers are added in another order. Two passes before mean that a resumed run begins as it went on.
@@ -291,8 +299,6 @@ class _Trainer:
             for _ in range(2):
                 surrogate, _ = self.surrogate(self.vae.eval().observe(few.pixels.flatten(1), few.labels))
                 surrogate.sum().backward()
-        if distributed.rank() > 0:
-            self._seed_noise()
 
     def _seed_noise(self) -> None:
         """The noise from here on: a function of the seed, of where the run stands, and of the process."""
@@ -342,33 +348,36 @@ class _Trainer:
             self._compiled_step(pixels, labels)
             return
         self.optimizer.zero_grad(set_to_none=True)
-        draws = self._gradients(self.vae.observe(pixels, labels))
+        draws = self._gradients(self.vae.observe(pixels, labels), self._weights(pixels))
         self.optimizer.step()
         if self.estimator.adapts:
             self.estimator.adapt(draws.log_weight.detach(), draws.observations)
-            distributed.average(distributed.tensors_in(self.estimator.state_dict()))
         with torch.no_grad():
-            self.sums += self._terms(draws)
+            self._done(self._terms(draws))
 
-    def _terms(self, draws: Draws) -> Float[Tensor, " terms"]:
-        """Bound, reconstruction and KL, summed over this process's images."""
+    def _terms(self, draws: Draws) -> Float[Tensor, "rows terms"]:
+        """Bound, reconstruction and KL."""
         terms = self.estimator.bound(draws), self.estimator.reconstruction(draws), self.estimator.kl(draws)
-        bound, reconstruction, kl = (distributed.own(term, self._batch_size()).sum() for term in terms)
-        return torch.stack([bound, reconstruction, kl / self.vae.beta])
+        return torch.stack([*terms[:2], terms[2] / self.vae.beta], 1)
+
+    def _done(self, terms: Float[Tensor, "rows terms"]) -> None:
+        """After a step: counts its terms, and averages over processes what the estimator has learned."""
+        self.sums += distributed.own(terms, self._batch_size()).sum(0)
+        if self.estimator.adapts:
+            distributed.average(distributed.tensors_in(self.estimator.state_dict()))
 
     def _compiled_step(self, pixels: Float[Tensor, "B D"], labels: Int[Tensor, " B"] | None) -> None:
         beta = self.vae.beta
         if self.kl_warmup:  # as a number it would be frozen
             self.vae.beta = self.warmed_beta.fill_(beta)
-        if len(pixels) not in self.weights:
-            self.weights[len(pixels)] = torch.tensor(1 / len(pixels), device=self.device)
-        self.update(pixels, labels, self.weights[len(pixels)])
+        self.update(pixels, labels, self._weights(pixels))
         self.vae.beta = beta
 
-    def _update(self, pixels: Tensor, labels: Tensor | None, weight: Tensor) -> None:
-        terms = self.compiled(self.vae.observe(pixels, labels), weight=weight)
+    def _update(self, pixels: Tensor, labels: Tensor | None, weights: Tensor) -> None:
+        terms = self.compiled(self.vae.observe(pixels, labels), weights=weights)
+        distributed.average(p.grad for p in self.compiled.parameters)
         self.optimizer.step()
-        self.sums += terms
+        self._done(terms)
 
     def _state(self) -> list[Tensor]:
         """All that a step changes."""
@@ -384,11 +393,18 @@ class _Trainer:
     def _precision(self) -> contextlib.AbstractContextManager:
         return Bfloat16Layers(self.device.type) if self.bf16 else contextlib.nullcontext()
 
-    def _gradients(self, observed: Shaped[Tensor, "B E"]) -> Draws:
+    def _gradients(self, observed: Shaped[Tensor, "B E"], weights: Float[Tensor, " B"]) -> Draws:
         """Leaves the gradients of the whole batch, from this process's shard of it."""
         surrogate, draws = self.surrogate(observed)
-        (-distributed.mean(surrogate, self._batch_size())).backward()
+        (-(surrogate * weights).sum()).backward()
         return draws
+
+    def _weights(self, shard: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """What each row of this process's shard counts in the loss, kept on the device."""
+        size = self._batch_size()
+        if size not in self.weights:
+            self.weights[size] = distributed.weights(shard, size)
+        return self.weights[size]
 
     def _batch_size(self) -> int:
         """Images in the batch at hand, of all processes."""

@@ -36,6 +36,9 @@ class VAE(PyroModule):
         beta: The weight of the KL, > 0. At 1 the objective is the ELBO (beta-VAE, Higgins et al.,
             2017, https://openreview.net/forum?id=Sy2fzU9gl, eq. 4).
 
+    Attributes:
+        beta: A number, or a tensor where a captured step is to see it change.
+
     Raises:
         ValueError: latent_dim < 1, classes < 0, or beta is not positive; the plain autoencoder's
             beta = 0 is not a probability model.
@@ -78,7 +81,7 @@ class VAE(PyroModule):
         guide.attach(self._log_weight)
         self.latent_dim = latent_dim
         self.classes = classes
-        self.beta = beta
+        self.beta: float | Tensor = beta
         self.trained_beta: float | None = None  # while evaluating: what q(z|x) was made for
         # Not PyroParams: Pyro reads those from its global store, where the value of an earlier VAE
         # may stand under the same name.

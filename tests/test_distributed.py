@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,26 +21,35 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from pyrovae import distributed, runs
+from pyrovae import distributed, runs, training
 from pyrovae.checkpoints import load_checkpoint, read_metrics
 from pyrovae.cli import main
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS
+from pyrovae.graphs import Step
 from pyrovae.training import DivergedError, _Trainer, fit
+from tests.test_graphs import traced
 from tests.test_training import tensors_equal
+
+pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")
 
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": (67, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": ()}
 # Five batches, the last of 3 images. Without noise, so that one process and two compute the same.
 STILL = TINY | {"guide": "bernoulli-code", "estimator": "enumerate", "binarize": "threshold"}
 NOISY = TINY | {"estimator": "learned-baseline"}
-ENDLESS = ["--limit", "500/50", "-b", "16", "--hidden", "8", "-e", "100000", "--figure-epochs", ""]
+COMPILED = NOISY | {"compile": "on"}
+IN_PARTS = {"still": STILL, "noisy": NOISY, "compiled": COMPILED}
+ENDLESS = ["--limit", "500/50", "-b", "16", "--hidden", "8", "-e", "9999", "--figure-epochs", ""]
+ENDLESS += ["--compile", "off"]  # to begin with an epoch sooner
 SIZES = 8, 5, 3, 2, 1  # of a whole batch; for two processes also of unlike shards, and an empty one
-OF_GRADIENTS = {
+OF_GRADIENTS = {  # settings without noise
     "enumerated codes": {"guide": "bernoulli-code", "estimator": "enumerate", "binarize": "threshold"},
     "autoencoder": {"guide": "point", "estimator": "reconstruction", "likelihood": "gaussian"},
 }
+CASES = [(name, size, False) for name in OF_GRADIENTS for size in SIZES]
+CASES += [("autoencoder", size, True) for size in (5, 3, 1)]  # name, size, whether compiled
 
 
 # What each process does
@@ -49,24 +59,23 @@ def work(directory: Path) -> None:
     """All checks of one process, in order; what they find goes to a file."""
     torch.set_num_threads(1)
     runs._picture = lambda *args: None
+    training.Step = partial(Step, backend=traced)  # to compile takes seconds
     with distributed.joined():
         rank, found = distributed.rank(), {}
-        found["gradients"] = {
-            (name, size, flat): gradients(name, size, flat=flat)
-            for name in OF_GRADIENTS
-            for size in SIZES
-            for flat in (False, True)
-        }
-        found["unlike weights"] = gradients("autoencoder", 8, unlike=True)
-        found["directory"], found["still"] = runs.train(Config(**STILL))
-        found["noisy"] = runs.train(Config(**NOISY), out="noisy-whole")[1].progress
-        for config, out in ((STILL, "still-parts"), (NOISY, "noisy-parts")):
+        found["gradients"] = {case: gradients(*case) for case in CASES}
+        for compile in (False, True):
+            found["unlike weights", compile] = gradients("autoencoder", 8, compile, unlike=True)
+        found["directory"], found["whole"] = runs.train(Config(**STILL))
+        runs.train(Config(**NOISY), out="noisy-whole")
+        runs.train(Config(**COMPILED), out="compiled-whole")
+        for name, config in IN_PARTS.items():
             with interrupted(7, of_rank=1):
-                _, result = runs.train(Config(**config), out=out)
-            found[out] = result.progress, result.stopped_by
-        distributed.from_first(lambda: shutil.copytree("still-parts", "still-for-one"))
-        distributed.from_first(lambda: shutil.copytree("noisy-parts", "noisy-for-one"))
-        runs.resume("noisy-parts")
+                _, result = runs.train(Config(**config), out=name)
+            found[name] = result.progress, result.stopped_by
+        distributed.from_first(lambda: shutil.copytree("still", "still-for-one"))
+        distributed.from_first(lambda: shutil.copytree("noisy", "noisy-for-one"))
+        runs.resume("noisy")
+        runs.resume("compiled")
         runs.resume("of-one")
         found["patience"] = runs.train(
             Config(**TINY | {"epochs": 300, "patience": 2, "lr": 0.05}), out="patience"
@@ -83,13 +92,8 @@ def work(directory: Path) -> None:
         main(["train", *ENDLESS, "-o", "killed"])
 
 
-def gradients(name: str, size: int, *, flat: bool = False, unlike: bool = False) -> list[torch.Tensor]:
-    """Of a batch of this size, the only one of an epoch.
-
-    Args:
-        flat: Without PyTorch's wrapper.
-        unlike: From other weights in the second process.
-    """
+def gradients(name: str, size: int, compile: bool = False, *, unlike: bool = False) -> list[torch.Tensor]:
+    """Of a batch of this size, the only one of an epoch; `unlike`: from other weights in the second process."""
     config = Config(hidden=(8,), latent_dim=3, **OF_GRADIENTS[name])
     torch.manual_seed(1)
     images = Images(torch.rand(size, 1, 8, 8, dtype=torch.float64))
@@ -97,17 +101,8 @@ def gradients(name: str, size: int, *, flat: bool = False, unlike: bool = False)
     if unlike and distributed.rank() == 1:
         for parameter in vae.parameters():
             parameter.data.zero_()
-
-    def unwrapped(trainer, observed):
-        surrogate, draws = trainer.surrogate.module(observed)
-        (-distributed.mean(surrogate, size)).backward()
-        distributed.average_gradients(vae.parameters())
-        return draws
-
-    with pytest.MonkeyPatch.context() as patch:
-        if flat:
-            patch.setattr(_Trainer, "_gradients", unwrapped)
-        fit(vae, images, images, estimator=config.make_estimator(), epochs=1, batch_size=size, quiet=True)
+    options = {"epochs": 1, "batch_size": size, "compile": compile, "quiet": True}
+    fit(vae, images, images, estimator=config.make_estimator(), **options)
     return [parameter.grad for parameter in vae.parameters()]
 
 
@@ -247,20 +242,19 @@ def check_same_metrics(run: Path, history: list[dict], first: int = 0) -> None:
 # Gradients and figures
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["wrapped", "flat"])
-@pytest.mark.parametrize("size", SIZES, ids="{} images".format)
-@pytest.mark.parametrize("name", OF_GRADIENTS)
-def test_two_processes_have_the_gradients_of_one(both, name, size, flat):
+@pytest.mark.parametrize(("name", "size", "compile"), CASES)
+def test_two_processes_have_the_gradients_of_one(both, name, size, compile):
     expected = gradients(name, size)
     for found in both:
-        for ours, theirs in zip(found["gradients"][name, size, flat], expected, strict=True):
+        for ours, theirs in zip(found["gradients"][name, size, compile], expected, strict=True):
             assert theirs.abs().max() > 1e-6
             assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
-def test_all_start_from_the_weights_of_the_first(both):
+@pytest.mark.parametrize("compile", [False, True], ids=["uncompiled", "compiled"])
+def test_all_start_from_the_weights_of_the_first(both, compile):
     for found in both:
-        for ours, theirs in zip(found["unlike weights"], gradients("autoencoder", 8), strict=True):
+        for ours, theirs in zip(found["unlike weights", compile], gradients("autoencoder", 8), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -271,7 +265,7 @@ def test_without_noise_two_processes_report_what_one_does(both, alone, place):
 def test_one_directory_is_written_and_all_return_the_same(both, place):
     assert both[0]["directory"] == both[1]["directory"] == Path("runs/digits-bernoulli-1")
     assert [path.name for path in (place / "runs").iterdir()] == ["digits-bernoulli-1"]
-    assert both[0]["still"].history == both[1]["still"].history == read_metrics(place / both[0]["directory"])
+    assert both[0]["whole"].history == both[1]["whole"].history == read_metrics(place / both[0]["directory"])
 
 
 def test_every_process_draws_noise_of_its_own(both, place):
@@ -302,7 +296,7 @@ def test_what_an_estimator_learns_is_averaged_in_place(make_vae, name):
 # Ends, and what comes after
 
 
-@pytest.mark.parametrize("run", ["still-parts", "noisy-parts"])
+@pytest.mark.parametrize("run", IN_PARTS)
 def test_a_signal_to_one_process_stops_all_after_the_same_batch(both, run):
     for found in both:
         progress, stopped_by = found[run]
@@ -310,17 +304,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_batch(both, run):
         assert (progress.epoch, progress.batch) == (1, 3)  # the signal came in the batch before
 
 
-def test_a_resumed_run_of_as_many_processes_is_bit_identical(both, place):
-    assert tensors_equal(metrics_of(place / "noisy-parts"), metrics_of(place / "noisy-whole"))
-    assert tensors_equal(state_of(place / "noisy-parts"), state_of(place / "noisy-whole"))
+@pytest.mark.parametrize("run", ["noisy", "compiled"])
+def test_a_resumed_run_of_as_many_processes_is_bit_identical(both, place, run):
+    assert tensors_equal(metrics_of(place / run), metrics_of(place / f"{run}-whole"))
+    assert tensors_equal(state_of(place / run), state_of(place / f"{run}-whole"))
 
 
-@pytest.fixture
-def _no_figures(monkeypatch):
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+def test_a_compiled_run_is_the_uncompiled_one_up_to_rounding(both, place):
+    check_same_metrics(place / "compiled-whole", read_metrics(place / "noisy-whole"))
 
 
-@pytest.mark.usefixtures("_no_figures", "both")
+@pytest.mark.usefixtures("both")
 def test_one_process_goes_on_where_two_stopped(place, alone):
     runs.resume(place / "still-for-one")
     check_same_metrics(place / "still-for-one", alone.history)
@@ -365,7 +359,6 @@ def test_an_error_of_the_first_is_one_line_and_ends_all(both):
     assert lines == ["Error: expected a new or empty directory for out, got taken, which has files"]
 
 
-@pytest.mark.usefixtures("_no_figures")
 def test_a_killed_process_ends_the_run_with_a_usable_checkpoint(both, place):
     (code, errors), (killed, _) = (found["end"] for found in both)
     assert (code, killed) == (1, -signal.SIGKILL)
@@ -378,7 +371,6 @@ def test_a_killed_process_ends_the_run_with_a_usable_checkpoint(both, place):
     assert result.progress.finished == "epochs"
 
 
-@pytest.mark.usefixtures("_no_figures")
 def test_torchrun_trains_and_its_ctrl_c_loses_nothing(tmp_path):
     call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "cli.py")]
     process = subprocess.Popen(
@@ -415,7 +407,7 @@ def test_shards_cover_a_batch_once_and_have_two_rows(monkeypatch):
                 rows = distributed.shard(torch.arange(size))
                 assert len(rows) == len(rows.unique()) >= min(2, size)
                 owned += rows[: distributed.own_rows(size)].tolist()
-                average += distributed.mean(values[rows], size) / world
+                average += (distributed.weights(values[rows], size) * values[rows]).sum() / world
             assert sorted(owned) == list(range(size))
             assert average == pytest.approx(values.mean().item())
 
@@ -445,8 +437,7 @@ def test_a_program_of_its_own_does_not_join():
     assert distributed.without_launcher(given | {"MASTER_ADDR": "here", "HOME": "/root"}) == {"HOME": "/root"}
 
 
-def test_old_checkpoints_have_no_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+def test_old_checkpoints_have_no_other_processes(tmp_path):
     run, _ = runs.train(Config(**TINY | {"epochs": 1}), out=tmp_path / "run")
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     del state["others"]

@@ -495,9 +495,8 @@ def test_a_gradient_that_is_lost_beside_a_large_loss_is_noticed(make_vae):
     vae = make_vae((1, 3, 3), 4, hidden=(6,), latent_dim=2)
     x = vae.observe(torch.rand(4, 9))
     step = capture(*vae.pair, Elbo(), x, backend=without_one)
-    scale = torch.tensor(1e-6)
     with pytest.warns(CaptureWarning, match="result 0 of its graph is off"):
-        step(x, weight=scale)
+        step(x, weights=torch.full((1,), 1e-6))
 
 
 def test_modules_of_plain_functions_keep_their_modes_and_buffers():
