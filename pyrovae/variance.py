@@ -17,7 +17,7 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
-from scipy import stats as distributions
+from scipy.special import stdtrit
 from torch import Tensor
 
 from pyrovae.pairs import parameters_of, untouched
@@ -475,7 +475,7 @@ def check_bias(
     error = torch.cat([_standard_error(part) for part in differences]) + rounding
     error = error.clamp(min=torch.finfo(torch.float64).tiny)
     max_z = (difference.mean(0).abs() / error).max().item()
-    limit = float(distributions.t.isf(false_alarm / 4 / entries, blocks - 1))
+    limit = -float(stdtrit(blocks - 1, false_alarm / 4 / entries))
     gram = (difference @ difference.T).cpu().numpy()
     signs = _signs(blocks)
     totals = ((signs @ (gram / max(gram.max(), 1e-300)).astype(np.float32)) * signs).sum(1)
