@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while the tests run; each test gets its own random and Pyro state."""
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 # Before anything of pyrovae is imported: jaxtyping's annotations are checked by beartype from here on.
@@ -14,6 +15,7 @@ import pyro  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from pyrovae import runs  # noqa: E402
 from pyrovae.config import Config  # noqa: E402
 from pyrovae.vae import VAE  # noqa: E402
 
@@ -29,6 +31,21 @@ def _isolated():
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """A finished run is not pictured, which takes longer than a short run."""
+    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes are not checked, which takes a third of the time of long runs; other tests check them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

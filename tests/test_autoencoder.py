@@ -98,6 +98,7 @@ def test_what_means_nothing_is_refused(setting):
         Config(**AUTOENCODER, **setting)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_shorthand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_works("train", *TINY, "--autoencoder", "--quiet", "-o", "short")

@@ -22,6 +22,8 @@ from pyrovae.vae import VAE
 from tests.test_cli import TINY, check_works, check_wrong_call
 from tests.test_figures import tile
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 CLASSES, SHAPE = 3, (2, 4, 4)
 D = math.prod(SHAPE)
 LABELS = torch.tensor([0, 2, 1, 2, 2])

@@ -31,6 +31,8 @@ from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS
 from tests.test_cli import call, check_works, check_wrong_call
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 QUICK = Examination(particles=20)
 
 

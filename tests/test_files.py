@@ -272,14 +272,21 @@ TINY = {
 }
 
 
+def trained(file: Path, out: Path) -> Path:
+    return runs.train(Config(**TINY, dataset=str(file)), out=out)[0]
+
+
 @pytest.fixture
-def run(saved, always_on_disk, tmp_path) -> Path:
-    file = saved(noise(200, 8, 8))
-    return runs.train(Config(**TINY, dataset=str(file)), out=tmp_path / "run")[0]
+def run(saved, always_on_disk, tmp_path, no_figures) -> Path:
+    return trained(saved(noise(200, 8, 8)), tmp_path / "run")
+
+
+def test_a_run_on_a_file_is_pictured(saved, always_on_disk, tmp_path):
+    run = trained(saved(noise(200, 8, 8)), tmp_path / "run")
+    assert (run / "figures" / "latent.png").exists()
 
 
 def test_a_run_on_a_file_is_continued_and_refuses_other_data(run, saved):
-    assert (run / "figures" / "latent.png").exists()
     _, result = runs.resume(run, changes={"epochs": 2})
     assert [row["epoch"] for row in result.history] == [1, 2]
     array = noise(200, 8, 8)

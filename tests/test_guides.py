@@ -475,6 +475,7 @@ def test_a_vae_of_codes_samples_and_reconstructs_from_codes(make_vae):
     assert set(torch.cat(decoded).unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_vae_of_codes_learns_by_rloo(make_vae):
     vae = make_vae(SHAPE, guide="bernoulli-code", latent_dim=4, hidden=(16,))
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}

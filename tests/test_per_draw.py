@@ -26,6 +26,8 @@ from pyrovae.per_draw import Gradient, NotVectorized
 from pyrovae.variance import GradientStats, gradient_moments
 from tests.combinations import KINDS, SMALL, adapt, refusal, several, takes
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # the laboratory's tests check the shapes
+
 F64 = torch.float64
 DRAWS = 4
 NETWORKS = {"mlp": {"hidden": (16,)}, "cnn": {"network": "cnn", "channels": (4, 4)}}

@@ -13,20 +13,16 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from pyrovae import runs, sweep
+from pyrovae import sweep
 from pyrovae.checkpoints import read_metrics
 from pyrovae.cli import main
 from pyrovae.config import Config
 from pyrovae.sweep import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes
 
+pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")
+
 TINY = {"limit": [64, 32], "epochs": 2, "hidden": [8], "figure_epochs": []}
 OPTIONS = ["--limit", "64/32", "--epochs", "2", "--hidden", "8", "--figure-epochs", "3"]
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """The figures of a run take longer than these runs."""
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
 
 
 @pytest.fixture

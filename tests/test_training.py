@@ -30,6 +30,8 @@ from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gau
 from pyrovae.training import Bfloat16Layers, DivergedError, describe, fit
 from tests.test_data import Bomb
 
+pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")  # the command line's tests look at them
+
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": (70, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": (1,)}
 
@@ -56,12 +58,6 @@ def contents(run: Path) -> tuple:
 def assert_same_run(a: Path, b: Path) -> None:
     for ours, theirs in zip(contents(a), contents(b), strict=True):
         assert tensors_equal(ours, theirs)
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """The figures of a run take longer than these runs; the command line's tests look at them."""
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
 
 
 @pytest.fixture
