@@ -27,7 +27,7 @@ from pyrovae.cli import main
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.graphs import Step
+from pyrovae.graphs import CaptureWarning, Step
 from pyrovae.training import DivergedError, _Trainer, fit
 from tests.test_graphs import traced
 from tests.test_training import tensors_equal
@@ -430,6 +430,21 @@ def test_batch_norm_is_synchronised_under_its_own_names_and_restored(make_vae, m
         synchronised[0].running_mean.add_(1.0)
     assert [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)] == before
     assert before[0].running_mean.sum() == before[0].num_features
+
+
+def test_steps_that_share_batch_norm_over_gpus_run_uncompiled(make_vae, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    images, options = Images(torch.rand(4, 1, 8, 8)), dict.fromkeys(("patience", "directory"))
+    options |= {"epochs": 1, "batch_size": 4, "lr": 1e-3, "kl_warmup": 0, "seed": 0, "bf16": False}
+
+    def compiles(vae):
+        parts = {"vae": vae, "train": images, "validation": images, "estimator": ESTIMATORS["elbo"]()}
+        return _Trainer(**parts, **options, compile=True).compile
+
+    assert compiles(make_vae(hidden=(8,)))
+    with pytest.warns(CaptureWarning, match="runs uncompiled: batch norm has the statistics of several GPUs"):
+        assert not compiles(make_vae(network="cnn", channels=(4, 4)))
 
 
 def test_a_program_of_its_own_does_not_join():
