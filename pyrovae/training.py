@@ -107,7 +107,8 @@ def fit(
     After each epoch the validation objective, the bound at the VAE's beta, decides which parameters are
     the best so far. With a directory, they are saved there as `best.pt`, the state to continue from as
     `checkpoint.pt`, and the metrics as a line of `metrics.jsonl`. SIGINT (Ctrl-C) and SIGTERM end the
-    run after the batch at hand, with its state saved. Random states are the caller's again on return.
+    run after the batch at hand, with its state saved. Random states are the caller's again on return. On a
+    CPU denormal numbers count as zero meanwhile.
 
     Where PyTorch has a process group (see `distributed.joined`), all its processes train this one model:
     each calls this with the same arguments and its own device, and works on its rows of each batch. The
@@ -132,8 +133,7 @@ def fit(
             epochs may be more.
         on_epoch: Called with the epoch's number, from 1, after it was saved; by every process.
         compile: Train by compiled gradients (see `capture`), and on a GPU by whole steps as CUDA graphs.
-            That takes some seconds to begin with. The same up to rounding, and on a CPU denormal numbers count
-            as zero in this thread.
+            That takes some seconds to begin with. The same up to rounding.
         bf16: Products of layers in bfloat16; parameters and all else stay in float32.
         quiet: No progress bar.
 
@@ -180,7 +180,7 @@ def fit(
         DeferredSignals() as signals,
         distributed.watched(),
         distributed.synchronised_norms(vae),
-        flushed_denormals() if trainer.compile else contextlib.nullcontext(),
+        flushed_denormals(),
         torch.cuda.device(trainer.device) if trainer.device.type == "cuda" else contextlib.nullcontext(),
     ):
         pyro.set_rng_seed(seed)

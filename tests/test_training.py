@@ -320,6 +320,13 @@ def test_fit_leaves_random_states_beta_and_signal_handlers_as_they_were(make_vae
     assert vae.beta == 2.0
 
 
+def test_denormal_numbers_count_as_zero_in_training_and_not_after_it(make_vae):
+    vae, images, tiny, seen = make_vae(hidden=(8,)), Images(torch.rand(64, 1, 8, 8)), torch.tensor(1e-40), []
+    fit(vae, images, images, epochs=1, on_epoch=lambda epoch: seen.append((tiny * 1.5).item()), quiet=True)
+    assert seen == [0.0]
+    assert (tiny * 1.5).item() > 0
+
+
 def test_fit_runs_in_a_thread(make_vae):
     vae, images, results = make_vae(hidden=(8,)), Images(torch.rand(64, 1, 8, 8)), []
     thread = threading.Thread(target=lambda: results.append(fit(vae, images, images, epochs=1, quiet=True)))
