@@ -14,6 +14,8 @@ from pyrovae.likelihoods import LIKELIHOODS, Likelihood
 from pyrovae.networks import Decoder
 from pyrovae.vae import VAE
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # the tests of `evaluate` check them
+
 T2 = 0.3  # the variance of p(x|z)
 ESTIMATES = {"importance_weighted": importance_weighted, "naive": naive}
 

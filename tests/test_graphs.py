@@ -18,6 +18,8 @@ from pyrovae.graphs import Capture, CaptureWarning, capture, inductor
 from pyrovae.likelihoods import LIKELIHOODS
 from tests.combinations import EXISTING, FEW, SMALL, several
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # a pair's parts are traced a thousand times
+
 
 def traced(graph, inputs):
     """A backend that compiles nothing: the trace itself."""
