@@ -29,7 +29,7 @@ from pyrovae.config import Config, flag
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
-from pyrovae.graphs import CaptureWarning, flushed_denormals
+from pyrovae.graphs import CaptureWarning, start_workers
 from pyrovae.guides import GUIDES
 from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, write
 from pyrovae.likelihoods import LIKELIHOODS
@@ -137,8 +137,8 @@ def _train(
     out: str | None, resume: str | None, recipe: str | None, autoencoder: bool, quiet: bool, **settings: Any
 ) -> None:
     ctx = click.get_current_context()
-    # Denormal numbers are flushed before any work, so that it holds in all threads of it.
-    with _one_line_errors(), _plain_warnings(), flushed_denormals(), distributed.joined():
+    start_workers()
+    with _one_line_errors(), _plain_warnings(), distributed.joined():
         given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")

@@ -85,6 +85,12 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(flushed)
 
 
+def start_workers() -> None:
+    """Starts PyTorch's threads on a CPU, if there are none yet, such that they flush denormals."""
+    with flushed_denormals():
+        torch.ones(2**20).sum()
+
+
 class Capture:
     """A function of tensors that runs as a compiled graph.
 

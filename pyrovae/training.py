@@ -108,7 +108,7 @@ def fit(
     the best so far. With a directory, they are saved there as `best.pt`, the state to continue from as
     `checkpoint.pt`, and the metrics as a line of `metrics.jsonl`. SIGINT (Ctrl-C) and SIGTERM end the
     run after the batch at hand, with its state saved. Random states are the caller's again on return. On a
-    CPU denormal numbers count as zero meanwhile.
+    CPU denormal numbers count as zero meanwhile, in this thread and those that PyTorch starts.
 
     Where PyTorch has a process group (see `distributed.joined`), all its processes train this one model:
     each calls this with the same arguments and its own device, and works on its rows of each batch. The
@@ -217,7 +217,7 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
     copy = deepcopy(vae).train()
     few = images[: min(batch_sizes(len(images), batch_size))]
     try:
-        with preserved_random_states():
+        with preserved_random_states(), flushed_denormals():  # as in `fit`, whose threads it may start
             observed = vae.observe(few.pixels.flatten(1), few.labels)
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
             copy.reconstruct(few.pixels, few.labels)  # as the figures will, when it is too late
@@ -270,8 +270,9 @@ class _Trainer:
         self.surrogate: nn.Module = _Surrogate(self.vae, self.estimator)
         self.weights: dict[int, Tensor] = {}
         if self.compile and distributed.norms_to_synchronise(self.vae):
-            message = "runs uncompiled: batch norm has the statistics of several GPUs"
-            warnings.warn(message, CaptureWarning, stacklevel=4)
+            if distributed.rank() == 0:
+                message = "runs uncompiled: batch norm has the statistics of several GPUs"
+                warnings.warn(message, CaptureWarning, stacklevel=4)
             self.compile = False
         if self.compile:
             leaves = dict(self.vae.named_parameters())
@@ -279,7 +280,7 @@ class _Trainer:
             self.update: Callable[..., None] = self._update
             if on_gpu and not self.estimator.adapts and distributed.world() == 1:
                 self.update = Replay(self._update, self._state, self._judged, self.compiled.graph.key)
-            self.warmed_beta = torch.tensor(self.beta, device=self.device)
+            self.warmed_beta = torch.tensor(float(self.beta), device=self.device)
 
     def distribute(self) -> None:
         """Has all processes start from the first's parameters, draw noise of their own, and share gradients."""

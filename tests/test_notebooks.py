@@ -1,7 +1,7 @@
 """Each notebook runs from top to bottom, briefly; as committed it has no outputs, and needs only the package.
 
 Cells are executed in this process and not in a kernel: five kernels would import torch and Pyro anew, which
-costs more than the smoke runs themselves, and here shapes are checked and a warning is an error, as everywhere.
+costs more than the smoke runs themselves, and here a warning is an error, as everywhere.
 So that this means what a kernel does, a figure on a cell's last line is drawn, as are pyplot's. The one line
 that only a kernel understands, `%matplotlib inline`, is left out; a kernel shows once that it does its part.
 """
@@ -47,6 +47,7 @@ def test_there_are_five():
 
 
 @each
+@pytest.mark.usefixtures("unchecked")
 def test_runs_briefly(path, tmp_path, monkeypatch):
     """In an empty directory, where it leaves nothing: a notebook may be opened anywhere."""
     (tmp_path / "tmp").mkdir()

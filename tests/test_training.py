@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import pyrovae.checkpoints
 import pyrovae.training
 from pyrovae import data, runs
 from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
+from pyrovae.cli import main
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
@@ -325,6 +327,22 @@ def test_denormal_numbers_count_as_zero_in_training_and_not_after_it(make_vae):
     fit(vae, images, images, epochs=1, on_epoch=lambda epoch: seen.append((tiny * 1.5).item()), quiet=True)
     assert seen == [0.0]
     assert (tiny * 1.5).item() > 0
+
+
+def test_a_run_on_denormal_pixels_is_found_to_be_on_the_same_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("images.npz", images=np.full((90, 8, 8), 1e-40))
+    options = ["-d", "images.npz", "-e", "1", "--hidden", "8", "-o", "run"]
+    result = CliRunner().invoke(main, ["train", *options])
+    assert result.exit_code == 0, result.output
+    runs.resume("run", changes={"epochs": 2})
+
+
+def test_a_warm_up_of_a_whole_beta_is_not_cut_to_whole_numbers(make_vae, traced):
+    vae, images = make_vae(hidden=(8,), beta=2), Images(torch.rand(64, 1, 8, 8))
+    result = fit(vae, images, images, epochs=2, batch_size=16, kl_warmup=4, compile=True, quiet=True)
+    assert [row["beta"] for row in result.history] == [0.5, 1.0]
+    assert all(math.isfinite(row["kl"]) for row in result.history)
 
 
 def test_fit_runs_in_a_thread(make_vae):
