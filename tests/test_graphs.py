@@ -89,8 +89,8 @@ def check(
     assert_equal_steps(*results, tolerance)
 
 
-# A trace takes half a second. By default each estimator meets each kind of guide, each guide some estimator, and
-# likelihoods come in turn; PYROVAE_EVERY=1 has every likelihood x guide x estimator.
+# A trace takes half a second. By default each estimator meets each kind of guide, each guide some estimator,
+# and likelihoods come in turn; PYROVAE_EVERY=1 has every likelihood x guide x estimator.
 IN_TURN = [
     (likelihood, way)
     for number, way in enumerate(way for way in FEW if way[2] in KINDS or way[0] == "elbo")
