@@ -358,8 +358,8 @@ class _Trainer:
 
     def _terms(self, draws: Draws) -> Float[Tensor, "rows terms"]:
         """Bound, reconstruction and KL."""
-        terms = self.estimator.bound(draws), self.estimator.reconstruction(draws), self.estimator.kl(draws)
-        return torch.stack([*terms[:2], terms[2] / self.vae.beta], 1)
+        bound, reconstruction = self.estimator.bound(draws), self.estimator.reconstruction(draws)
+        return torch.stack([bound, reconstruction, self.estimator.kl(draws) / self.vae.beta], 1)
 
     def _done(self, terms: Float[Tensor, "rows terms"]) -> None:
         """After a step: counts its terms, and averages over processes what the estimator has learned."""
