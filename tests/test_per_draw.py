@@ -25,6 +25,7 @@ from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.per_draw import Gradient, NotVectorized
 from pyrovae.variance import GradientStats, gradient_moments
 from tests.combinations import KINDS, SMALL, adapt, refusal, several, takes
+from tests.test_graphs import traced
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the laboratory's tests check the shapes
 
@@ -832,7 +833,7 @@ def test_an_estimator_that_does_not_apply_is_refused(make_vae, vectorize):
 def test_draws_by_a_captured_program_are_the_same(make_vae, monkeypatch):
     vae = make_vae((1, 3, 3), guide="iaf", hidden=(6,), latent_dim=2, **SMALL["iaf"])
     x = vae.observe(torch.rand(4, 9))
-    monkeypatch.setattr(per_draw, "Capture", partial(Capture, backend=lambda graph, inputs: graph))
+    monkeypatch.setattr(per_draw, "Capture", partial(Capture, backend=traced))
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
         got, expected = (

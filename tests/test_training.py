@@ -30,9 +30,10 @@ from pyrovae.evaluation import bits_per_dim, evaluate, without_constant
 from pyrovae.graphs import CaptureWarning, Step
 from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.training import Bfloat16Layers, DivergedError, describe, fit
+from tests import test_graphs
 from tests.test_data import Bomb
 
-pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")  # the command line's tests look at them
+pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")  # the command line's tests have both
 
 ROOT = Path(__file__).parent.parent
 TINY = {"limit": (70, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": (1,)}
@@ -120,7 +121,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, interr
 @pytest.fixture
 def traced(monkeypatch):
     """Steps are captured, but nothing is compiled: the trace itself is run. No falling back."""
-    monkeypatch.setattr(pyrovae.training, "Step", partial(Step, backend=lambda graph, inputs: graph))
+    monkeypatch.setattr(pyrovae.training, "Step", partial(Step, backend=test_graphs.traced))
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
         yield
