@@ -1,6 +1,7 @@
 """Gradient estimators as Pyro ELBOs: usable with any Pyro model and guide over one data plate."""
 
-from pyrovae.estimators.base import Draws, Estimator
+from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.importance_weighted import Dreg, Iwae, Renyi, Rws, StlIwae, Vimco
 from pyrovae.estimators.pathwise import (
     AnalyticKL,

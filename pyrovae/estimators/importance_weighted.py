@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyrovae.estimators.base import Draws, Estimator
+from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.score_function import leave_one_out_mean
 
 

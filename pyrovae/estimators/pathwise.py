@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from pyrovae.estimators.base import Draws, Estimator
+from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.draws import Draws
 
 
 class Elbo(Estimator):

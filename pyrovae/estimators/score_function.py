@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
-from pyrovae.estimators.base import Draws
+from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.pathwise import Elbo
 
 
