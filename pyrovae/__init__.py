@@ -7,6 +7,8 @@ and `pyrovae --help` are instant.
 from importlib import import_module
 from importlib.util import find_spec
 
+__version__ = "0.1.0"
+
 _NAMES_OF = {
     "runs": ["train", "resume", "load"],
     "config": ["Config"],

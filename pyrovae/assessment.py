@@ -5,10 +5,8 @@ import dataclasses
 import json
 import math
 import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from pyrovae.evaluation import (
 from pyrovae.evidence import Evidence, Progress, annealed, importance_weighted, naive, seeded
 from pyrovae.runs import VERSIONS, RunError, load, read_config, same_data
 from pyrovae.vae import VAE
+from pyrovae.versions import recorded
 
 MADE_WITH = (*VERSIONS, "scikit-learn")
 PROBED = 10_000  # training latents that the probes are fitted on, at most
@@ -261,7 +260,7 @@ class Examination:
         elbo = weighted.log_lik - kl
         found = Assessment(
             settings=(settings or {}) | self._settings(vae, len(images)),
-            versions={"python": platform.python_version()} | {name: version(name) for name in MADE_WITH},
+            versions=recorded(MADE_WITH),
             elbo=Average.of(elbo),
             reconstruction=Average.of(weighted.log_lik),
             kl=Average.of(kl),

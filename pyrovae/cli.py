@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from pyrovae import __version__
+
 SUMMARIES = {
     "train": "Train a VAE, and leave a run directory with figures.",
     "sweep": "Train a grid of VAEs, and tabulate them.",
@@ -63,6 +65,6 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="pyrovae")
+@click.version_option(__version__)
 def main() -> None:
     """A laboratory for variational autoencoders on Pyro."""

@@ -11,10 +11,8 @@ import contextlib
 import itertools
 import json
 import math
-import platform
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.training import DeferredSignals, Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
+from pyrovae.versions import recorded
 
 PICTURED = 20  # images in a figure of reconstructions or samples
 ENCODED = 5000  # images at a time
@@ -73,9 +72,10 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
 
     def begin() -> Path:
+        record = _record(config, dataset)  # first, so that no directory is left where it fails
         try:
             directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
-            _write_config(directory, config, dataset)
+            write_atomically(directory / "config.json", record)
         except OSError as error:
             raise RunError(f"expected out where a run can be written, got: {error}") from None
         return directory
@@ -122,7 +122,7 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
         if config.epochs < done:
             raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
         if config != saved:
-            _write_config(directory, config, dataset)
+            write_atomically(directory / "config.json", _record(config, dataset))
 
     distributed.from_first(begin)
     return directory, _fit(directory, config, dataset.to(device), vae, resume=True, quiet=quiet)
@@ -169,10 +169,10 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
         raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
 
 
-def _write_config(directory: Path, config: Config, dataset: Dataset) -> None:
-    versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
-    contents = {"config": config.to_json(), "data": _describe(dataset), "versions": versions}
-    write_atomically(directory / "config.json", json.dumps(contents, indent=2) + "\n")
+def _record(config: Config, dataset: Dataset) -> str:
+    """The text of a run's config.json."""
+    contents = {"config": config.to_json(), "data": _describe(dataset), "versions": recorded(VERSIONS)}
+    return json.dumps(contents, indent=2) + "\n"
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
