@@ -1,4 +1,4 @@
-"""The versions of the packages that a result was made with, whether or not they are installed as distributions."""
+"""The versions of the packages that a result was made with, with or without installed distributions."""
 
 import platform
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ UNKNOWN = "unknown"
 def version_of(distribution: str) -> str:
     """The version of a package, as its metadata or else its module states it.
 
-    A copied or vendored package has no metadata. The version of pyrovae is always the one of the code that runs,
-    because the metadata may belong to another copy.
+    A copied or vendored package has no metadata. The version of pyrovae is always the one of the code that
+    runs, because the metadata may belong to another copy.
 
     Returns:
         The version, or "unknown" where neither the metadata nor the module states one.

@@ -38,7 +38,7 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "pyrovae":
-            found |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names if alias.name != "__version__"}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pyrovae."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
