@@ -245,7 +245,7 @@ class Examination:
         """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is.
 
         Raises:
-            ValueError: q(z|x) has no density, so that there is no ELBO.
+            ValueError: q(z|x) has no density, so that there is no ELBO; or the VAE does not take the images.
         """
         if not vae.posterior.density:
             raise ValueError(
@@ -253,6 +253,7 @@ class Examination:
                 "side-by-side compares its reconstructions with a VAE's"
             )
         images = dataset.test[: self.limit]
+        vae.check(images, "test")
         x, pixels = self._observe(vae, images), math.prod(images.shape)
         weighted, unguided, tight = self._weigh(vae, x)
         kl_per_dim = kl_per_image(vae, x, batch_size=ENCODED, seed=self.seed)

@@ -13,6 +13,7 @@ from torch.distributions import Bernoulli, Chi2, Distribution, Independent
 
 from pyrovae.evidence import seeded
 from pyrovae.guides import Guide
+from pyrovae.inputs import check_pixels
 
 FALSE_ALARM = 1e-6  # the probability that a correct density is called wrong, over all its tests
 PARTICLES, DATA = 3, 4  # for shapes and gradients; and at most so many data for the density
@@ -54,7 +55,7 @@ def check_guide(
 
     Raises:
         TypeError: It is no Guide.
-        ValueError: x is not a batch, or there are fewer than LEAST_EFFECTIVE draws.
+        ValueError: x is not a batch of pixels in [0, 1], or there are fewer than LEAST_EFFECTIVE draws.
 
     Example:
         >>> import pyro.distributions as dist
@@ -74,6 +75,7 @@ def check_guide(
         raise ValueError(f"expected draws >= {LEAST_EFFECTIVE}, got {draws}")
     if x.dim() != 2 or len(x) < 2:
         raise ValueError(f"expected x of shape (B, D), B >= 2, got {tuple(x.shape)}")
+    check_pixels(x, "x")
     use_rep = not guide.discrete if use_rep is None else use_rep
     with _undisturbed(guide, seed, x.device):
         for problems in (

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyrovae.files import ArrayFile, FilePixels
+from pyrovae.inputs import check_label_types, check_pixels
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
@@ -39,16 +40,39 @@ class Images:
         pixels: In memory, or in a file that is larger: then `images[index]` has those images in memory,
             `images[:]` all of them, and `batches` goes through them with bounded memory.
         labels: Classes from 0, in memory.
+
+    Raises:
+        TypeError: Pixels or labels are no tensors.
+        ValueError: Pixels are not floats in [0, 1] of shape (N, C, H, W), or labels not N integers.
     """
 
     pixels: Float[Tensor, "N C H W"] | FilePixels
     labels: Int[Tensor, " N"] | None = None
 
+    def __post_init__(self):
+        if not self.on_disk:
+            check_pixels(self.pixels)
+            if self.pixels.dim() != 4:
+                raise ValueError(
+                    f"expected pixels of shape (N, C, H, W), got {tuple(self.pixels.shape)}: "
+                    "reshape to (-1, channels, height, width)"
+                )
+        if self.labels is not None:
+            check_label_types(self.labels)
+            if self.labels.shape != (len(self),):
+                raise ValueError(f"expected {len(self)} labels, got shape {tuple(self.labels.shape)}")
+
+    def _with(self, pixels: Tensor | FilePixels, labels: Tensor | None) -> "Images":
+        """Images made from these, which need no second look."""
+        images = object.__new__(Images)
+        vars(images).update(pixels=pixels, labels=labels)
+        return images
+
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index) -> "Images":
-        return Images(self.pixels[index], None if self.labels is None else self.labels[index])
+        return self._with(self.pixels[index], None if self.labels is None else self.labels[index])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,7 +88,11 @@ class Images:
         """Those images: in memory if these are, and else in their file."""
         if not self.on_disk:
             return self[index]
-        return Images(self.pixels.subset(index), None if self.labels is None else self.labels[index])
+        return self._with(self.pixels.subset(index), None if self.labels is None else self.labels[index])
+
+    def without_labels(self) -> "Images":
+        """The same images, of classes unknown."""
+        return self._with(self.pixels, None)
 
     def batches(self, indices: Sequence[Int[Tensor, " _"]]) -> Iterator["Images"]:
         """The images at each of these indices, in memory of the device that these are for.
@@ -84,7 +112,8 @@ class Images:
             batches = (self.pixels.index_select(0, chosen) for chosen in indices)
         with contextlib.closing(batches):
             for chosen, pixels in zip(indices, batches, strict=True):
-                yield Images(pixels, None if self.labels is None else self.labels.index_select(0, chosen))
+                labels = None if self.labels is None else self.labels.index_select(0, chosen)
+                yield self._with(pixels, labels)
 
     def checksum(self, before: int = 0) -> int:
         """A CRC-32 of the pixels, after others with this one; of a file's, of all of it and which they are."""
@@ -94,17 +123,26 @@ class Images:
 
     def to(self, device: torch.device | str) -> "Images":
         """These images on a device; those of a file stay there, and go to the device as they are read."""
-        return Images(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
+        return self._with(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train, validation and test images that share none, and the number of grey levels they have."""
+    """Train, validation and test images that share none, and the number of grey levels they have.
+
+    Raises:
+        ValueError: They are not of one shape.
+    """
 
     train: Images
     validation: Images
     test: Images
     levels: int
+
+    def __post_init__(self):
+        shapes = [images.shape for images in (self.train, self.validation, self.test)]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"expected images of one shape, got {', '.join(map(str, shapes))}")
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
 from pyrovae.evidence import seeded
+from pyrovae.inputs import check_flat, check_pixels
 from pyrovae.likelihoods import Likelihood
 from pyrovae.vae import VAE
 
@@ -56,13 +57,17 @@ def evaluate(
     Args:
         estimator: Whose bound; `Elbo()` if None.
         batch_size: Images at a time; affects memory, and which noise an image gets, only.
+
+    Raises:
+        ValueError: The images are none that the VAE takes (see `VAE.check`).
     """
+    vae.check(images)
     estimator = estimator or Elbo()
     sums = torch.zeros(3, dtype=torch.float64, device=images.pixels.device)
     with vae.evaluating(), seeded(seed, images.pixels.device), pyro.validation_enabled(False):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            draws = estimator.draws(*vae.pair, vae.observe(batch.pixels.flatten(1), batch.labels))
+            draws = estimator.draws(*vae.pair, vae.observe(batch.pixels.flatten(1), batch.labels, check=False))
             terms = estimator.bound(draws), estimator.reconstruction(draws), estimator.kl(draws)
             sums += torch.stack([term.sum(dtype=torch.float64) for term in terms])
     bound, reconstruction, kl = (sums / len(images)).tolist()
@@ -118,6 +123,9 @@ def _of_posterior(
     vae: VAE, x: Shaped[Tensor, "N E"], term: Callable[[Distribution], Tensor | None], batch_size: int
 ) -> list[Tensor | None]:
     """A term of q(z|x), for so many images at a time."""
+    observed, _ = vae.split(x)
+    check_flat(observed, vae.decoder.shape, "observations")
+    check_pixels(vae.likelihood.to_pixels(observed), "observations")
     with vae.evaluating(), pyro.validation_enabled(False):
         return [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
 

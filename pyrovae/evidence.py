@@ -305,6 +305,7 @@ def _chunk(vae: VAE, x: Tensor, particles: int, batch_size: int | None, name: st
     for label, value in {name: particles, "batch_size": batch_size, "images": len(x)}.items():
         if value is not None and value < 1:
             raise ValueError(f"expected {label} >= 1, got {value}")
+    vae.check_observed(x)
     return batch_size or max(1, NUMBERS // (x.shape[1] * vae.likelihood.outputs))
 
 

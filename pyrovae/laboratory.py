@@ -77,6 +77,7 @@ class Measurement:
         device = vae.zeros.device
         with seeded(self.seed, device):
             images = dataset.validation[: self.batch_size * max(1, self.batches)].to(device)
+            vae.check(images, "validation")
             starts = range(0, len(images), self.batch_size)
             parts = [images[start : start + self.batch_size] for start in starts]
             x, *others = (vae.observe(part.pixels.flatten(1), part.labels) for part in parts)

@@ -12,9 +12,11 @@ from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+from pyrovae.inputs import check_floats
 
 
 class Likelihood(abc.ABC):
@@ -42,7 +44,19 @@ class Likelihood(abc.ABC):
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None
     ) -> Shaped[Tensor, "*batch D"]:
-        """Pixels in [0, 1] to observations; the generator serves those that are drawn."""
+        """Pixels in [0, 1] to observations; the generator serves those that are drawn.
+
+        It may stand in a loop, so that it does not look at the values.
+
+        Raises:
+            ValueError: The pixels are no floats.
+        """
+
+    def can_observe(self, x: Shaped[Tensor, "*batch D"]) -> Bool[Tensor, "*batch"]:
+        """Whether these are observations, as `observe` gives them: finite, and in the support of p(x|z)."""
+        learned = {name: x.new_tensor(value, dtype=torch.float32) for name, value in self.learned.items()}
+        eta = x.new_zeros(x.shape[-1], self.outputs, dtype=torch.float32)
+        return self(eta, **learned).support.check(x) & x.isfinite().all(-1)
 
     @abc.abstractmethod
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -127,6 +141,7 @@ class Bernoulli(Likelihood):
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None
     ) -> Shaped[Tensor, "*batch D"]:
+        check_floats(pixels)
         return BINARIZATIONS[self.binarize](pixels, generator)
 
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -218,6 +233,7 @@ class ContinuousBernoulli(Likelihood):
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None
     ) -> Shaped[Tensor, "*batch D"]:
+        check_floats(pixels)
         return pixels
 
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -252,6 +268,9 @@ class Gaussian(Likelihood):
     def learned(self) -> Mapping[str, float]:
         return {"log_c": math.log(0.05)} if self.c == "learned" else {}
 
+    def can_observe(self, x: Shaped[Tensor, "*batch D"]) -> Bool[Tensor, "*batch"]:
+        return ((x >= 0) & (x <= 1)).all(-1)  # pixels only, though the density is positive elsewhere
+
     def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         mean = self.mean(eta)
         # A tensor made where the mean lies: a Python number would be copied there, and waited for.
@@ -261,6 +280,7 @@ class Gaussian(Likelihood):
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None
     ) -> Shaped[Tensor, "*batch D"]:
+        check_floats(pixels)
         return pixels
 
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -301,6 +321,7 @@ class Categorical(Likelihood):
     def observe(
         self, pixels: Float[Tensor, "*batch D"], generator: torch.Generator | None = None
     ) -> Shaped[Tensor, "*batch D"]:
+        check_floats(pixels)
         return (pixels * (self.levels - 1)).round().long()
 
     def to_pixels(self, x: Shaped[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -311,7 +332,7 @@ class Categorical(Likelihood):
 
     def mean(self, eta: Float[Tensor, "*batch D outputs"]) -> Float[Tensor, "*batch D"]:
         grey = torch.linspace(0, 1, self.levels, dtype=eta.dtype, device=eta.device)
-        return eta.softmax(-1) @ grey
+        return (eta.softmax(-1) @ grey).clamp(max=1)  # rounding may lead out of [0, 1]
 
     def log_constant(self, num_pixels: int) -> float | None:
         return 0.0

@@ -144,8 +144,9 @@ def fit(
         density, `elbo` and `kl` are None, and that loss is SSE/(2c).
 
     Raises:
-        ValueError: epochs or batch_size is less than 1, a KL warm-up would spoil importance weights, or the
-            process group is on GPUs only.
+        ValueError: epochs or batch_size is less than 1, the images are none that the VAE takes (see
+            `VAE.check`) or lie on another device, a KL warm-up would spoil importance weights, or the process
+            group is on GPUs only.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
         LostProcess: Another process ended.
@@ -156,6 +157,13 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"expected {name} >= 1, got {value}")
+    for name, images in (("train", train), ("validation", validation)):
+        vae.check(images, name)
+        if images.pixels.device != vae.zeros.device:
+            raise ValueError(
+                f"expected {name} on {vae.zeros.device}, the VAE's device, got {images.pixels.device}: "
+                f"use {name}.to({str(vae.zeros.device)!r})"
+            )
     estimator = estimator or Elbo()
     if kl_warmup and estimator.importance_weighted:
         raise ValueError(f"expected kl_warmup 0 for {type(estimator).__name__}, got {kl_warmup}")
@@ -320,7 +328,7 @@ class _Trainer:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
         indices = [distributed.shard(chosen) for chosen in self._order().split(self.sizes)]
-        train = self.train if self.vae.classes else Images(self.train.pixels)  # labels where they are seen
+        train = self.train if self.vae.classes else self.train.without_labels()  # labels where they are seen
         self.vae.train()
         with contextlib.closing(train.batches(indices[self.progress.batch :])) as batches:
             for batch, images in enumerate(batches, self.progress.batch):
@@ -349,7 +357,7 @@ class _Trainer:
             self._compiled_step(pixels, labels)
             return
         self.optimizer.zero_grad(set_to_none=True)
-        draws = self._gradients(self.vae.observe(pixels, labels), self._weights(pixels))
+        draws = self._gradients(self.vae.observe(pixels, labels, check=False), self._weights(pixels))
         self.optimizer.step()
         if self.estimator.adapts:
             self.estimator.adapt(draws.log_weight.detach(), draws.observations)
@@ -375,7 +383,7 @@ class _Trainer:
         self.vae.beta = beta
 
     def _update(self, pixels: Tensor, labels: Tensor | None, weights: Tensor) -> None:
-        terms = self.compiled(self.vae.observe(pixels, labels), weights=weights)
+        terms = self.compiled(self.vae.observe(pixels, labels, check=False), weights=weights)
         distributed.average(p.grad for p in self.compiled.parameters)
         self.optimizer.step()
         self._done(terms)

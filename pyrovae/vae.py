@@ -1,6 +1,7 @@
 """The VAE: a likelihood, a decoder and a guide meet in one Pyro model/guide pair."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import pyro
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
+from pyrovae.data import Images
 from pyrovae.guides import Guide
+from pyrovae.inputs import check_codes, check_flat, check_labels, check_layout, check_pixels
 from pyrovae.likelihoods import Likelihood
 from pyrovae.networks import Decoder
 
@@ -120,24 +123,77 @@ class VAE(PyroModule):
         with pyro.plate("data", len(x), dim=-1), self._scaled():
             pyro.sample("z", self.posterior_of(x))
 
+    def check(self, images: Images, name: str = "images") -> None:
+        """Checks that these are images that this VAE can take, with the labels that it needs.
+
+        The pixels of images that stay in their file were checked when the file was opened.
+
+        Args:
+            name: What to call the images in an error.
+
+        Raises:
+            ValueError: There are none, their shape is another, a pixel is not in [0, 1], or a conditional VAE
+                has no labels or ones that are none of its classes.
+        """
+        if not len(images):
+            raise ValueError(f"expected at least one image in {name}, got none")
+        if images.on_disk and images.shape != self.decoder.shape:
+            raise ValueError(f"expected {name} of shape {self.decoder.shape}, got {images.shape}")
+        if not images.on_disk:
+            check_layout(images.pixels, self.decoder.shape, name, flat=False)
+            check_pixels(images.pixels, name)
+        if self.classes:
+            check_labels(images.labels, self.classes, (len(images),))
+
     def observe(
-        self, pixels: Float[Tensor, "B D"], labels: Shaped[Tensor, "B ..."] | None = None
+        self,
+        pixels: Float[Tensor, "B D"],
+        labels: Shaped[Tensor, "B ..."] | None = None,
+        *,
+        check: bool = True,
     ) -> Shaped[Tensor, "B E"]:
         """Images as the likelihood observes them, (B, D), and their classes one-hot if it is conditional.
 
         Args:
             pixels: In [0, 1].
             labels: From 0 to C - 1; not looked at where the VAE is not conditional.
+            check: Whether to look at the values, which waits for the device. A loop over images that were
+                checked before, by `check` for example, does without.
 
         Raises:
-            ValueError: It is conditional and there are no labels, or weights of classes.
+            ValueError: A pixel is not in [0, 1], or it is conditional and there are no labels, wrong ones, or
+                weights of classes.
         """
+        if check:
+            check_flat(pixels, self.decoder.shape)
+            check_pixels(pixels)
+        if check and self.classes:
+            check_labels(labels, self.classes, pixels.shape[:-1])
         observed = self.likelihood.observe(pixels)
         if not self.classes:
             return observed
-        if labels is not None and labels.is_floating_point():
-            raise ValueError(f"expected integer labels, got {labels.dtype}")
-        return torch.cat([observed, self._one_hot(labels).to(observed)], -1)
+        return torch.cat([observed, one_hot(labels.long(), self.classes).to(observed)], -1)
+
+    def check_observed(self, x: Shaped[Tensor, "N E"]) -> None:
+        """Checks that x is what `observe` gives for this VAE, (N, D) or (N, D + C); waits for the device.
+
+        Raises:
+            ValueError: Its shape is another, or it has values that the likelihood cannot observe.
+        """
+        numbers = math.prod(self.decoder.shape) + self.classes
+        if x.dim() != 2 or x.shape[1] != numbers:
+            raise ValueError(
+                f"expected observations of shape (N, {numbers}), got {tuple(x.shape)}: take vae.observe(...)"
+            )
+        observed, y = self.split(x)
+        possible = self.likelihood.can_observe(observed).all()
+        if y is not None:
+            possible &= ((y == 0) | (y == 1)).all() & (y.sum(-1) == 1).all()
+        if not possible:
+            raise ValueError(
+                f"expected observations of {self.likelihood}, got values that it cannot observe: "
+                "take vae.observe(...)"
+            )
 
     def split(self, x: Shaped[Tensor, "*batch E"]) -> tuple[Shaped[Tensor, "*batch D"], Tensor | None]:
         """Observations apart: what the likelihood sees, and the one-hot class, None if there is none."""
@@ -162,21 +218,13 @@ class VAE(PyroModule):
         observed, y = self.split(x)
         return self.likelihood_of(z, y).log_prob(observed)
 
-    def _one_hot(self, labels: Tensor | None) -> Tensor:
-        """Classes as vectors, (..., C); float vectors stay as they are."""
-        if labels is None:
-            raise ValueError(f"expected labels, from 0 to {self.classes - 1}, for a conditional VAE, got none")
-        return labels if labels.is_floating_point() else one_hot(labels.long(), self.classes)
-
-    def _condition(self, labels: Tensor | None) -> Tensor | None:
-        """The same of labels from outside, which may be wrong; None for a VAE that sees none."""
+    def _condition(self, labels: Tensor | None, batch: torch.Size) -> Tensor | None:
+        """Checks labels given by a user, and gives them as weights of classes; None if the VAE sees none."""
         if not self.classes:
             return None
-        vectors = labels is not None and labels.is_floating_point()
-        if labels is not None and not vectors and not ((labels >= 0) & (labels < self.classes)).all():
-            wrong = labels[(labels < 0) | (labels >= self.classes)][0].item()
-            raise ValueError(f"expected labels from 0 to {self.classes - 1}, got {wrong}")
-        return self._one_hot(None if labels is None else labels.to(self.zeros.device)).to(self.zeros)
+        check_labels(labels, self.classes, batch, weights=True)
+        weights = labels if labels.is_floating_point() else one_hot(labels.long(), self.classes)
+        return weights.to(self.zeros)
 
     def _log_weight(
         self, pixels: Float[Tensor, "*batch D"], q: Distribution, z: Float[Tensor, "M *batch L"]
@@ -216,14 +264,19 @@ class VAE(PyroModule):
     ) -> Distribution:
         """q(z|x) of images with pixels in [0, 1], (N, C, H, W) or (N, D): batch (N,), event (L,).
 
+        Images of one channel may also be (N, H, W), here and in the methods below.
+
         Args:
             labels: Classes (N,) or weights of classes (N, C), which a conditional VAE needs and others ignore;
                 here and in the methods below.
 
         Raises:
-            ValueError: A conditional VAE has no labels, or ones that are no classes of its.
+            ValueError: The images are of another shape or type, or have pixels outside [0, 1]; or a conditional
+                VAE has no labels, or ones that are none of its classes.
         """
-        y, pixels = self._condition(labels), images.reshape(len(images), -1).to(self.zeros)
+        check_layout(images, self.decoder.shape)
+        check_pixels(images)
+        y, pixels = self._condition(labels, images.shape[:1]), images.flatten(1).to(self.zeros)
         # Cut or rounded as in training; where training draws pixels, the guide gets their mean.
         pixels = self.likelihood.to_pixels(self.likelihood.from_pixels(pixels)).to(self.zeros)
         with self.evaluating():
@@ -236,8 +289,16 @@ class VAE(PyroModule):
     def decode(
         self, z: Float[Tensor, "*batch L"], labels: Tensor | None = None
     ) -> Float[Tensor, "*batch channels H W"]:
-        """The expected images E[x|z], pixels in [0, 1]; labels (*batch) or (*batch, C)."""
-        given, y = z.to(self.zeros), self._condition(labels)
+        """The expected images E[x|z], pixels in [0, 1]; labels (*batch) or (*batch, C).
+
+        Raises:
+            ValueError: z is of another shape or not finite, or the labels are not those of a conditional VAE.
+        """
+        check_codes(z, self.latent_dim)
+        return self._decode(z, labels)
+
+    def _decode(self, z: Float[Tensor, "*batch L"], labels: Tensor | None) -> Float[Tensor, "*batch C H W"]:
+        given, y = z.to(self.zeros), self._condition(labels, z.shape[:-1])
         with self.evaluating():
             pixels = self.likelihood.mean(self.decoder(given if y is None else torch.cat([given, y], -1)))
         return pixels.reshape(*z.shape[:-1], *self.decoder.shape)
@@ -246,7 +307,7 @@ class VAE(PyroModule):
         self, images: Float[Tensor, "N ..."], labels: Tensor | None = None
     ) -> Float[Tensor, "N channels H W"]:
         """The expected images at q(z|x)'s mean, or at its most probable code, for (N, C, H, W) or (N, D)."""
-        return self.decode(self.posterior.point(self.approximate_posterior(images, labels)), labels)
+        return self._decode(self.posterior.point(self.approximate_posterior(images, labels)), labels)
 
     def sample(
         self, n: int, labels: Tensor | None = None, *, seed: int | None = None
@@ -255,7 +316,13 @@ class VAE(PyroModule):
         return self.decode(self.draw(n, seed=seed), labels)
 
     def draw(self, n: int, *, seed: int | None = None) -> Float[Tensor, "n L"]:
-        """n draws of z from the prior, on the CPU; with a seed, the same ones each time."""
+        """n draws of z from the prior, on the CPU; with a seed, the same ones each time.
+
+        Raises:
+            ValueError: n < 1.
+        """
+        if n < 1:
+            raise ValueError(f"expected n >= 1, got {n}")
         with contextlib.nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)

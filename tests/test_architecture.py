@@ -13,7 +13,7 @@ from pyrovae.data import DATASETS
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"files", "versions"},
+    {"files", "inputs", "versions"},
     {"likelihoods", "networks", "estimators", "data", "distributions"},
     {"guides", "testbed"},
     {"vae"},

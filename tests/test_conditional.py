@@ -282,7 +282,10 @@ def test_labels_may_be_any_integers(conditional, dtype):
 
 
 def test_weights_of_classes_are_no_observation(conditional):
-    with pytest.raises(ValueError, match=r"\Aexpected integer labels, got torch\.float32\Z"):
+    with pytest.raises(
+        ValueError,
+        match=r"\Aexpected integer labels, got torch\.float32: take labels\.argmax\(-1\) of weights\Z",
+    ):
         conditional().observe(pixels().flatten(1), torch.eye(CLASSES)[LABELS])
 
 
