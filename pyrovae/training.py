@@ -159,10 +159,10 @@ def fit(
             raise ValueError(f"expected {name} >= 1, got {value}")
     for name, images in (("train", train), ("validation", validation)):
         vae.check(images, name)
-        if images.pixels.device != vae.zeros.device:
+        here, there = vae.zeros.device, images.pixels.device
+        if not _same_device(here, there):
             raise ValueError(
-                f"expected {name} on {vae.zeros.device}, the VAE's device, got {images.pixels.device}: "
-                f"use {name}.to({str(vae.zeros.device)!r})"
+                f"expected {name} on {here}, the VAE's device, got {there}: use {name}.to({str(here)!r})"
             )
     estimator = estimator or Elbo()
     if kl_warmup and estimator.importance_weighted:
@@ -213,6 +213,11 @@ def fit(
                 if trainer.progress.batch == 0:
                     on_epoch(trainer.progress.epoch)
     return Fit(trainer.history, trainer.progress, signals.received)
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether they are the same; "cuda" without a number, as of images in a file, is whichever is current."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
 
 def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae import data, inputs
+from pyrovae import data, inputs, training
 from pyrovae.assessment import Examination
 from pyrovae.checks import check_guide
 from pyrovae.data import Dataset, Images
@@ -170,6 +170,21 @@ def test_images_on_another_device_are_one_line(vae):
         patch.setattr(VAE, "check", lambda *args: None)
         message = one_line(lambda: fit(vae, Images(grey()), elsewhere))
     assert message == "expected validation on cpu, the VAE's device, got meta: use validation.to('cpu')"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("cpu", "cpu", True),
+        ("cuda:0", "cuda", True),
+        ("cuda", "cuda:1", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:1", "cuda:0", False),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_a_device_without_a_number_is_whichever_is_current(one, other, same):
+    assert training._same_device(torch.device(one), torch.device(other)) == same
 
 
 # Labels
