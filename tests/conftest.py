@@ -22,7 +22,7 @@ from pyrovae.vae import VAE  # noqa: E402
 matplotlib.use("Agg")
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("PYROVAE_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from pyrovae.config import Config
 from pyrovae.estimators import ESTIMATORS, Dreg, Elbo, Iwae, Rloo, RunningMean, StickingTheLanding
 from pyrovae.testbed import LinearGaussian
 from pyrovae.variance import gradient_moments
+from tests.rounding import rounding
 
 F64 = torch.float64
 PHI = ("mu", "rho")
@@ -395,7 +396,7 @@ def test_a_model_in_training_is_left_as_it_is(make_vae):
     assert len(pyro.get_param_store()) == 0
     assert found.settings["batch_norm"] is True
     evaluated = gradient_moments(*vae.eval().pair, Elbo(), binary(4, 64), draws=16)
-    assert found.rows[1].tr_cov == evaluated.tr_cov()
+    assert found.rows[1].tr_cov == pytest.approx(evaluated.tr_cov(), rel=rounding(64))  # terms of a float32 sum
 
 
 # Batches

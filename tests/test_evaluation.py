@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,11 +30,16 @@ from pyrovae.evaluation import (
 )
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS
+from tests.rounding import nearly
 from tests.test_cli import call, check_works, check_wrong_call
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 QUICK = Examination(particles=20)
+
+# A log weight of up to 100 nats comes from sums of 64, 16, 2, 16 and 64 terms in turn. Their roundings add like
+# a random walk, to 100 x 162 ** 0.5 x 6e-8 = 8e-5 nats, which is the relative error of a weight.
+ROUNDING = 1e-4
 
 
 @pytest.fixture(autouse=True)
@@ -283,8 +289,10 @@ def test_the_first_images_get_the_same_numbers_alone(make_vae):
     vae, data = make_vae(likelihood="gaussian"), dataset(20)
     whole = Examination(particles=20, ais=5, ais_steps=2).of_vae(vae, data)
     part = Examination(particles=20, limit=5).of_vae(vae, data)
-    assert whole.annealing.importance_weighted == part.importance_weighted.log_evidence
-    assert whole.annealing.elbo == part.elbo
+    assert asdict(whole.annealing.importance_weighted) == nearly(
+        part.importance_weighted.log_evidence, ROUNDING
+    )
+    assert asdict(whole.annealing.elbo) == nearly(part.elbo, ROUNDING)
 
 
 def test_examining_again_gives_the_same(make_vae):
@@ -327,7 +335,9 @@ def test_the_command_prints_a_table_and_leaves_json(finished):
 
 def test_the_command_options(finished):
     first = evaluate_run(finished)
-    assert first == evaluate_run(finished, "--batch-size", "20000") | {"settings": first["settings"]}
+    assert evaluate_run(finished, "--batch-size", "20000") | {"settings": first["settings"]} == nearly(
+        first, ROUNDING
+    )
     assert evaluate_run(finished, "--seed", "1")["elbo"] != first["elbo"]
     assert evaluate_run(finished, "--limit", "3")["settings"]["images"] == 3
     last = evaluate_run(finished, "--which", "last")["settings"]
