@@ -1,6 +1,8 @@
 """The abstract `Estimator`, which every estimator derives from, and how it samples the guide."""
 
 import abc
+import math
+import re
 from typing import Any, ClassVar
 
 import pyro.poutine as poutine
@@ -11,15 +13,25 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs
-from pyrovae.estimators.draws import Draws, Site, is_drawn, sample_sites
+from pyrovae.estimators.draws import Draws, is_drawn, sample_sites
+from pyrovae.estimators.layout import PARTICLES, Site, too_deep
+
+_COLLISION = re.compile(f'plates "(.+)" and "{PARTICLES}", collide at dim=(-[0-9]+)')
 
 
 class Estimator(ELBO, abc.ABC):
     """An estimator of a lower bound on log p(x) and of its gradient, for any Pyro model and guide.
 
     To write one, give its two methods as formulas over `Draws`. The result is a Pyro ELBO: pass it
-    to `pyro.infer.SVI`, or call `differentiable_loss` and step any torch optimizer. The model and
-    the guide need one plate over the data, at dim -1; dimensions to its right belong to events.
+    to `pyro.infer.SVI`, or call `differentiable_loss` and step any torch optimizer.
+
+    A datum is one cell of the plates that every site in any plate is in: usually of the one plate over the
+    data, at dim -1. A latent or observed site outside of them (a global latent variable, a penalty by
+    `pyro.factor`) counts once, whatever the batch. The score function multiplies the score of such a latent
+    site by the signal of all data. Importance weights cannot be taken datum by datum then: the bound has the
+    joint weights of all data, which K particles estimate the worse the more data there are. So it is for
+    pairs without a plate over the data, or with several that no site is in together: all data are then one
+    datum, also for the score function.
 
     Args:
         num_particles: K, the Monte Carlo samples per datum, drawn in one vectorized pass. They are
@@ -27,6 +39,8 @@ class Estimator(ELBO, abc.ABC):
         use_rep: Whether the gradient goes through reparameterized samples (pathwise). If not, it is
             the score-function gradient, which needs no `rsample`. None for the estimator's default.
         antithetic: Whether particles come in pairs that mirror each other's noise.
+        max_plate_nesting: The dimensions that the pair's plates take, from the right. Several particles stand
+            to the left of them.
 
     Attributes:
         gradients: The values of `use_rep` that there is an estimator for, the default first.
@@ -46,7 +60,12 @@ class Estimator(ELBO, abc.ABC):
     needs_density: ClassVar[bool] = True
 
     def __init__(
-        self, *, num_particles: int | None = None, use_rep: bool | None = None, antithetic: bool = False
+        self,
+        *,
+        num_particles: int | None = None,
+        use_rep: bool | None = None,
+        antithetic: bool = False,
+        max_plate_nesting: int = 1,
     ):
         name, (least, largest) = type(self).__name__, self.particles
         if antithetic and (self.independent or largest == 1):
@@ -66,7 +85,13 @@ class Estimator(ELBO, abc.ABC):
             raise ValueError(
                 f"expected use_rep {self.gradients[0]} for {name}, a gradient {kind}, got {use_rep}"
             )
-        super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
+        if not 1 <= max_plate_nesting < math.inf:
+            raise ValueError(
+                f"expected max_plate_nesting >= 1, the number of dimensions of plates, got {max_plate_nesting}"
+            )
+        super().__init__(
+            num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=True
+        )
         self.use_rep = use_rep
         self.antithetic = antithetic
 
@@ -114,8 +139,9 @@ class Estimator(ELBO, abc.ABC):
 
         Raises:
             ValueError: `use_rep` is True and the guide has a site without a reparameterized sampler,
-                the bound has importance weights and a site is scaled (beta != 1), the guide puts all
-                its mass on a point, or the pair is not one that `Draws` describes.
+                the bound has importance weights and a site is scaled (beta != 1) or a datum subsampled, the
+                guide puts all its mass on a point, a plate stands left of the particles, or the pair is not
+                one that `Draws` describes.
         """
 
         def bound_model():
@@ -131,18 +157,42 @@ class Estimator(ELBO, abc.ABC):
                 f"expected a guide with a density for {type(self).__name__}, got a point mass at site "
                 f"{draws.point_masses[0]!r}, which has no ELBO: use the estimator 'reconstruction'"
             )
-        if self.importance_weighted and draws.is_scaled:
-            raise ValueError(
-                f"expected beta = 1 for {type(self).__name__}: another makes its weights no importance weights"
-            )
+        if draws.layout.plates and (
+            draws.ties_data if self.importance_weighted else draws.chains_data and not self.use_rep
+        ):
+            draws = draws.jointly()
+        if self.importance_weighted:
+            self._check_weights(draws)
         return draws
+
+    def _check_weights(self, draws: Draws) -> None:
+        name = type(self).__name__
+        if draws.is_scaled:
+            raise ValueError(f"expected beta = 1 for {name}: another makes its weights no importance weights")
+        if draws.is_partial:
+            raise ValueError(
+                f"expected no subsampling for {name} where data depend on each other by a site outside their "
+                "plate: importance weights are then those of all data, which a part of them does not give"
+            )
+        for site, (in_model, in_guide) in draws.moved_sites.items():
+            raise ValueError(
+                f"expected site {site!r} in the same plates in model and guide for {name}, got {in_model} in "
+                f"the model and {in_guide} in the guide: give the plate over the data one name"
+            )
 
     def _get_trace(self, model, guide, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
         try:
-            with _Sampling(self.antithetic, detach=not self.use_rep):
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            return self._traces(model, guide, args, kwargs)
         except NoMirrorImage as error:  # a ValueError there would have Pyro append the trace's shapes
             raise ValueError(str(error)) from None
+        except ValueError as error:
+            if collision := _COLLISION.search(str(error)):
+                raise ValueError(too_deep(collision[1], int(collision[2]), -int(collision[2]))) from None
+            raise
+
+    def _traces(self, model, guide, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
+        with _Sampling(self.antithetic, detach=not self.use_rep):
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         if self.use_rep:
             _check_reparameterized(guide_trace)
             sites = sample_sites(guide_trace)

@@ -4,7 +4,7 @@ Notation, here and in every estimator: K particles per datum, B data in the batc
 log p(x, z) - log q(z|x), s = log q(z|x) with z held fixed. All values are in nats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +14,14 @@ import torch
 from jaxtyping import Float, Shaped
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.infer.util import is_validation_enabled
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyrovae.estimators.antithetic import without_events
+from pyrovae.estimators.layout import PARTICLES, Layout, Site, plate_scale, plates_of
 
-Site = dict[str, Any]  # one entry of a Pyro trace
 Program = Callable[[], Any]  # a model or a guide with its arguments
-PARTICLES = "num_particles_vectorized"  # Pyro's name for the plate over particles
 
 
 class Draws:
@@ -32,6 +29,7 @@ class Draws:
 
     `poutine.scale` (beta) is applied to every value but `score`; the scale of a subsampled plate is
     not applied to any: it is `subsampling`, and multiplies the sum over the batch once, at the end.
+    Each datum has a share of the sites outside the data plates, so that this counts them once: see `Layout`.
 
     Args:
         model_trace: A trace of the model, replayed against the guide's.
@@ -39,10 +37,11 @@ class Draws:
         num_particles: K, the size of the outer plate of both traces; 1 where there is none.
         model: What made the model's trace, to be run again at other latent values.
         guide: What made the guide's trace.
+        joint: Whether all data are taken as a single datum (B = 1), as they depend on each other.
 
     Raises:
-        ValueError: While Pyro's validation is on: a sample site stands outside the data plate, or model
-            and guide differ in their latent sites.
+        ValueError: Model and guide differ in their latent sites or in the shape of one, the model observes
+            nothing, or a site's plates are not as `Layout` needs them.
     """
 
     def __init__(
@@ -52,26 +51,76 @@ class Draws:
         num_particles: int,
         model: Program,
         guide: Program,
+        *,
+        joint: bool = False,
     ):
         self.num_particles = num_particles
         self.model, self.guide = model, guide
-        self.guide_trace = guide_trace
+        self.model_trace, self.guide_trace = model_trace, guide_trace
         self.sample_weights: Tensor | None = None
         self.guide_sites = sample_sites(guide_trace)
-        model_sites = sample_sites(model_trace)
-        self.observed_sites = {n: s for n, s in model_sites.items() if s["is_observed"]}
-        self.model_sites = {n: s for n, s in model_sites.items() if not s["is_observed"]}
-        if is_validation_enabled():
-            self._validate()
-        plate = _data_plate(next(iter(self.guide_sites.values())))
-        self.batch_size = plate.size
-        self.subsampling = plate.full_size / plate.size
+        self._in_model = sample_sites(model_trace)
+        self.observed_sites = {n: s for n, s in self._in_model.items() if s["is_observed"]}
+        self.model_sites = {n: s for n, s in self._in_model.items() if not s["is_observed"]}
+        self._validate()
+        self.layout = Layout(self._all_sites(), num_particles, joint=joint)
+        self.batch_size, self.subsampling = self.layout.batch_size, self.layout.subsampling
+
+    def _all_sites(self) -> list[Site]:
+        return [*self.guide_sites.values(), *self._in_model.values()]
+
+    def jointly(self) -> "Draws":
+        """The same particles with all data taken as a single datum."""
+        traces = self.model_trace, self.guide_trace
+        return Draws(*traces, self.num_particles, self.model, self.guide, joint=True)
 
     @property
     def is_scaled(self) -> bool:
         """Whether a site has a weight (beta) other than 1, so that log_weight is no importance weight."""
-        sites = (*self.guide_sites.values(), *self.model_sites.values(), *self.observed_sites.values())
-        return any(site["scale"] != self.subsampling for site in sites)
+        return any(site["scale"] != plate_scale(site) for site in self._all_sites())
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a part of a datum is left out, so that its log_weight is no importance weight."""
+        return any(
+            plate_scale(site) != (self.subsampling if self.layout.is_inside(site) else 1)
+            for site in self._all_sites()
+        )
+
+    @property
+    def moved_sites(self) -> dict[str, tuple[list[str], list[str]]]:
+        """The plates, in the model and in the guide, of latent sites where these are not the same."""
+        places = {
+            name: (_plate_names(self.model_sites[name]), _plate_names(self.guide_sites[name]))
+            for name in self.guide_sites
+        }
+        return {name: place for name, place in places.items() if place[0] != place[1]}
+
+    @cached_property
+    def ties_data(self) -> bool:
+        """Whether data depend on each other by a site outside their plates: a latent one, or one that may
+        depend on latent ones since it comes after one inside."""
+        outside = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
+        return bool(outside or self._after_latents(self._in_model))
+
+    @cached_property
+    def chains_data(self) -> bool:
+        """Whether a latent site outside the data's plates comes after one inside, on which it may depend."""
+        return any(
+            not site["is_observed"]
+            for sites in (self.guide_sites, self._in_model)
+            for site in self._after_latents(sites)
+        )
+
+    def _after_latents(self, sites: dict[str, Site]) -> list[Site]:
+        """The sites outside the data's plates that come after a latent site inside."""
+        after, latent_seen = [], False
+        for site in sites.values():
+            if self.layout.is_inside(site):
+                latent_seen |= not site["is_observed"]
+            elif latent_seen:
+                after.append(site)
+        return after
 
     @property
     def point_masses(self) -> list[str]:
@@ -87,28 +136,28 @@ class Draws:
             )
         if not self.observed_sites:
             raise ValueError("expected a model that observes data, got none: pass obs= to a pyro.sample")
-        plates = {
-            _data_plate(site)
-            for sites in (self.guide_sites, self.model_sites, self.observed_sites)
-            for site in sites.values()
-        }
-        if len(plates) > 1:
-            raise ValueError(f"expected one data plate, got {sorted(plate.name for plate in plates)}")
+        for name, site in self.model_sites.items():
+            expected, got = site["fn"].event_shape, self.guide_sites[name]["fn"].event_shape
+            if expected != got:
+                raise ValueError(
+                    f"expected one event shape at site {name!r} in model and guide, got {tuple(expected)} in "
+                    f"the model and {tuple(got)} in the guide: declare the same dimensions with .to_event()"
+                )
 
     @cached_property
     def log_lik(self) -> Float[Tensor, "K B"]:
         """log p(x|z)."""
-        return self._sum(self.observed_sites)
+        return self._sum(self.observed_sites.values())
 
     @cached_property
     def log_prior(self) -> Float[Tensor, "K B"]:
         """log p(z)."""
-        return self._sum(self.model_sites)
+        return self._sum(self.model_sites.values())
 
     @cached_property
     def log_guide(self) -> Float[Tensor, "K B"]:
         """log q(z|x)."""
-        return self._sum(self.guide_sites)
+        return self._sum(self.guide_sites.values())
 
     @cached_property
     def log_joint(self) -> Float[Tensor, "K B"]:
@@ -123,18 +172,43 @@ class Draws:
     @cached_property
     def observations(self) -> Float[Tensor, "B D"]:
         """All observed numbers of each datum in a row."""
-        parts = []
-        for site in self.observed_sites.values():
-            value = site["value"].to(self.log_lik.dtype)
-            shape = self.batch_size, *site["fn"].event_shape
-            parts.append(value.expand(shape).reshape(self.batch_size, -1))
+        parts = [
+            self.layout.numbers(site).to(self.log_lik.dtype)
+            for site in self.observed_sites.values()
+            if self.layout.is_inside(site) and site["value"].numel()
+        ]
         return torch.cat(parts, dim=1)
 
     @cached_property
     def score(self) -> Float[Tensor, "K B"]:
-        """s = log q(z|x) with z held fixed, without beta: its gradient is the score of the guide."""
-        sites = {n: s | {"value": s["value"].detach()} for n, s in self.guide_sites.items()}
-        return self._sum(sites, scaled=False)
+        """s = log q(z|x) with z held fixed, without beta: its gradient is the score of the guide.
+
+        Sites outside the data's plates are left out: `scored` has them.
+        """
+        return self._score(inside=True)
+
+    def scored(self, signal: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
+        """The surrogate of score-function gradients: each latent site's score times what the site influences.
+
+        For a site outside the data's plates that is the signal of all data. For one inside it is its datum's
+        signal, without the share of sites outside that come before it, and with the whole of observations
+        outside that come after it.
+
+        Args:
+            signal: What the gradient is to raise, per datum, in nats, without gradient.
+        """
+        of_guide = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
+        of_model = [site for site in self._in_model.values() if not self.layout.is_inside(site)]
+        if not of_guide and not of_model:
+            return signal * self.score
+        late = self.batch_size * self._sum(self._after_latents(self._in_model))
+        influenced = signal - (self._sum(of_model) - self._sum(of_guide) - late).detach()
+        signal_of_all = self.subsampling * signal.sum(1, keepdim=True)
+        return influenced * self.score + signal_of_all * self._score(inside=False)
+
+    def _score(self, inside: bool) -> Float[Tensor, "K B"]:
+        sites = [site for site in self.guide_sites.values() if self.layout.is_inside(site) == inside]
+        return self._sum([site | {"value": site["value"].detach()} for site in sites], scaled=False)
 
     @cached_property
     def log_guide_fixed(self) -> Float[Tensor, "K B"]:
@@ -145,12 +219,13 @@ class Draws:
                 sites = {name: site | {"value": leaves[name]} for name, site in self.guide_sites.items()}
             else:  # a site's distribution may depend on the sites before it
                 sites = sample_sites(_run(self.guide, self._guide_trace_at(leaves), self.num_particles))
-            log_guide = self._sum(sites)
+            log_guide = self._sum(sites.values())
             slopes = torch.autograd.grad(log_guide.sum(), [*leaves.values()], retain_graph=True)
         terms = [log_guide.detach()]
         for site, slope in zip(self.guide_sites.values(), slopes, strict=True):
             moved = (site["value"] - site["value"].detach()) * slope
-            terms.append(sum_rightmost(moved, site["fn"].event_dim).expand(self.num_particles, -1))
+            rows = self.layout.rows(sum_rightmost(moved, site["fn"].event_dim), site)
+            terms.append(rows if self.layout.is_inside(site) else rows * self.subsampling)
         return torch.stack(terms).sum(0)
 
     def weigh_samples(self, weights: Float[Tensor, "K B"]) -> None:
@@ -162,9 +237,30 @@ class Draws:
         for site in self.guide_sites.values() if first else ():
             value = site["value"]
             if value.requires_grad:
-                batch = value.shape[: value.dim() - site["fn"].event_dim]
-                shape = batch + (1,) * site["fn"].event_dim
-                value.register_hook(lambda gradient, shape=shape: gradient * self.sample_weights.reshape(shape))
+                value.register_hook(
+                    lambda gradient, site=site: gradient * self.layout.as_batch(self.sample_weights, site)
+                )
+
+    def check_separate(self, name: str) -> None:
+        """Checks that each datum stands by itself in one plate at dim -1, as some estimators need it.
+
+        Args:
+            name: The estimator.
+
+        Raises:
+            ValueError: It does not.
+        """
+        harmless = set(self.observed_sites) - {site["name"] for site in self._after_latents(self._in_model)}
+        for site in self._all_sites():
+            plates = {plate.name: plate.dim for plate in plates_of(site)}
+            if list(plates.values()) != [-1] and (site["name"] not in harmless or plates):
+                raise ValueError(
+                    f"expected site {site['name']!r} in one plate, over the data, at dim -1, for {name}, got "
+                    f"{f'plates {plates}' if plates else 'none'}: use the estimator 'elbo' or 'rloo'"
+                )
+        if not self.layout.plates:
+            names = sorted({plate.name for site in self._all_sites() for plate in plates_of(site)})
+            raise ValueError(f"expected one plate, over the data, for {name}, got {names}")
 
     def at(self, values: Shaped[Tensor, "M ..."]) -> "Draws":
         """The same pair with these M particles in place of those drawn.
@@ -204,8 +300,10 @@ class Draws:
             ) from None
         return self._scaled(kl, model_site)
 
-    def _sum(self, sites: dict[str, Site], scaled: bool = True) -> Float[Tensor, "K B"]:
-        terms = [self._log_prob(site, scaled) for site in sites.values()]
+    def _sum(self, sites: Iterable[Site], scaled: bool = True) -> Float[Tensor, "K B"]:
+        terms = [self._log_prob(site, scaled) for site in sites]
+        if not terms:
+            return self.log_lik.new_zeros(self.num_particles, self.batch_size)
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
     def _log_prob(self, site: Site, scaled: bool) -> Float[Tensor, "K B"]:
@@ -216,11 +314,13 @@ class Draws:
                 f"expected a density at any given point at guide site {site['name']!r}, got {site['fn']}, "
                 "a transform with no inverse: its samples are scored as drawn only (use_rep=True)"
             ) from None
-        return self._scaled(log_prob, site if scaled else site | {"scale": self.subsampling})
+        return self._scaled(log_prob, site, scaled)
 
-    def _scaled(self, value: Tensor, site: Site) -> Float[Tensor, "K B"]:
-        scale = site["scale"] if self.subsampling == 1 else site["scale"] / self.subsampling
-        return scale_and_mask(value, scale, site["mask"]).expand(self.num_particles, self.batch_size)
+    def _scaled(self, value: Tensor, site: Site, scaled: bool = True) -> Float[Tensor, "K B"]:
+        scale = site["scale"] if scaled else 1.0
+        if scaled and self.subsampling != 1 and self.layout.is_inside(site):
+            scale = scale / self.subsampling
+        return self.layout.rows(scale_and_mask(value, scale, site["mask"]), site)
 
 
 def _run(program: Program, guide_trace: poutine.Trace, num_particles: int) -> poutine.Trace:
@@ -234,8 +334,12 @@ def _run(program: Program, guide_trace: poutine.Trace, num_particles: int) -> po
     return tracer.trace
 
 
+def _plate_names(site: Site) -> list[str]:
+    return sorted(plate.name for plate in plates_of(site))
+
+
 def is_drawn(site: Site) -> bool:
-    """Whether a site of a trace is a latent variable, and not data, a plate's indices or a deterministic value."""
+    """Whether a site of a trace is a latent variable: not data, a plate's indices or a deterministic value."""
     return (
         site["type"] == "sample"
         and not site["is_observed"]
@@ -251,15 +355,3 @@ def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and (site["is_observed"] or is_drawn(site))
     }
-
-
-def _data_plate(site: Site) -> CondIndepStackFrame:
-    """The one plate around a site, the particles' plate aside."""
-    plates = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
-    if [plate.dim for plate in plates] != [-1]:
-        raise ValueError(
-            f"expected sample site {site['name']!r} in one plate, over the data, at dim -1, got plates "
-            f"{ {plate.name: plate.dim for plate in plates} }: sample inside "
-            "pyro.plate('data', len(x), dim=-1) and declare other dimensions with .to_event()"
-        )
-    return plates[0]

@@ -31,7 +31,7 @@ class Elbo(Estimator):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         if self.use_rep:
             return draws.log_weight.mean(0)
-        return (draws.log_joint + draws.log_weight.detach() * draws.score).mean(0)
+        return (draws.log_joint + draws.scored(draws.log_weight.detach())).mean(0)
 
 
 class AnalyticKL(Estimator):
@@ -52,7 +52,7 @@ class AnalyticKL(Estimator):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         if self.use_rep:
             return self.bound(draws)
-        return (draws.log_lik + draws.log_lik.detach() * draws.score).mean(0) - self.kl(draws)
+        return (draws.log_lik + draws.scored(draws.log_lik.detach())).mean(0) - self.kl(draws)
 
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
         return draws.kl.mean(0)
@@ -125,7 +125,8 @@ class MeasureValued(Elbo):
     https://arxiv.org/abs/1906.10652, section 6). Needs no gradient of log p(x, z) in z.
 
     Raises:
-        ValueError: On use, where the guide is not a Gaussian with diagonal covariance at one site.
+        ValueError: On use, where the guide is not a Gaussian with diagonal covariance at one site, in one plate
+            over the data.
 
     Example:
         >>> MeasureValued(num_particles=2)
@@ -137,6 +138,7 @@ class MeasureValued(Elbo):
     particles: ClassVar = (1, 1)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
+        draws.check_separate("MeasureValued")
         (site,) = draws.guide_sites.values() if len(draws.guide_sites) == 1 else [None]
         q = site and (site["fn"].base_dist if isinstance(site["fn"], Independent) else site["fn"])
         if not isinstance(q, Normal):

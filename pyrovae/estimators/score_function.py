@@ -24,7 +24,7 @@ class Baselined(Elbo, abc.ABC):
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         signal = (draws.log_weight - self.baseline(draws)).detach()
-        return (draws.log_joint + signal * draws.score).mean(0)
+        return (draws.log_joint + draws.scored(signal)).mean(0)
 
 
 class Rloo(Baselined):
@@ -184,7 +184,7 @@ class DisArm(Elbo):
     2020, https://arxiv.org/abs/2006.10680, eq. 3).
 
     Raises:
-        ValueError: On use, where the guide is not Bernoulli at one site.
+        ValueError: On use, where the guide is not Bernoulli at one site, in one plate over the data.
 
     Example:
         >>> DisArm().antithetic
@@ -213,7 +213,8 @@ class Enumerate(Elbo):
     """The exact ELBO and gradient for a Bernoulli guide, summed over all codes of at most 10 bits.
 
     Raises:
-        ValueError: On use, where the guide is not Bernoulli at one site, or has more bits.
+        ValueError: On use, where the guide is not Bernoulli at one site, in one plate over the data, or has
+            more bits.
 
     Example:
         >>> Enumerate().num_particles
@@ -258,6 +259,7 @@ def leave_one_out_mean(f: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
 
 def bernoulli_site(draws: Draws, name: str) -> tuple[dict[str, Any], Bernoulli]:
     """The one latent site, and its Bernoulli without its event dimensions."""
+    draws.check_separate(name)
     sites = list(draws.guide_sites.values())
     q = sites[0]["fn"].base_dist if isinstance(sites[0]["fn"], Independent) else sites[0]["fn"]
     if len(sites) != 1 or not isinstance(q, Bernoulli):
