@@ -43,10 +43,10 @@ from pyrovae.checkpoints import (
     random_states,
     save_atomically,
     set_random_states,
-    write_atomically,
 )
 from pyrovae.graphs import capture
-from pyrovae.training import DeferredSignals
+from pyrovae.signals import DeferredSignals
+from pyrovae.whole_files import write_atomically
 
 MODELS = {"vae": Elbo, "iwae": Iwae, "dreg": Dreg}
 CELLS = ("vae-1", "vae-5", "vae-50", "iwae-5", "iwae-50", "dreg-5", "dreg-50")

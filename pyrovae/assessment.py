@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.checkpoints import load_checkpoint, write_atomically
+from pyrovae.checkpoints import load_checkpoint
 from pyrovae.data import Dataset, Images
 from pyrovae.evaluation import (
     ACTIVE,
@@ -32,6 +32,7 @@ from pyrovae.evidence import Evidence, Progress, annealed, importance_weighted, 
 from pyrovae.runs import VERSIONS, RunError, load, read_config, same_data
 from pyrovae.vae import VAE
 from pyrovae.versions import recorded
+from pyrovae.whole_files import write_atomically
 
 MADE_WITH = (*VERSIONS, "scikit-learn")
 PROBED = 10_000  # training latents that the probes are fitted on, at most

@@ -1,18 +1,20 @@
-"""Files that a run continues from: written as a whole or not at all, read without executing anything."""
+"""Files that a run continues from: written whole, read without executing anything, checked by their CRCs."""
 
 import contextlib
 import io
 import json
-import os
 import pickle
 import random
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+
+from pyrovae.whole_files import replacing
 
 FORMAT = "pyrovae checkpoint 1"
 Row = dict[str, float | int | None]  # one epoch's metrics
@@ -46,11 +48,28 @@ def load_checkpoint(path: Path, device: torch.device | str, contents: bytes | No
         raise CheckpointError(f"expected a checkpoint at {path}, got no such file")
     with explained(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's doubts about a foreign pickle, which it then refuses
-        file = path if contents is None else io.BytesIO(contents)
-        state = torch.load(file, map_location=device, weights_only=True)
+        with open(path, "rb") if contents is None else io.BytesIO(contents) as file:
+            _verify(file)
+            file.seek(0)
+            state = torch.load(file, map_location=device, weights_only=True)
         if state["format"] != FORMAT:
             raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
     return state
+
+
+def _verify(file: BinaryIO) -> None:
+    """Compares every part of the file with its CRC-32, which `torch.load` does not.
+
+    Raises:
+        ValueError: A part is another than was written, or compressed, which `torch.save` never does.
+    """
+    with zipfile.ZipFile(file) as parts:
+        for part in parts.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"a compressed part, {part.filename}")
+        damaged = parts.testzip()
+    if damaged is not None:
+        raise ValueError(f"another checksum of its part {damaged} than was saved with it")
 
 
 @contextlib.contextmanager
@@ -60,7 +79,7 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OSError) as error:
+    except _RAISED_BY_DAMAGE as error:
         reason = _first_line(error)
     except pickle.UnpicklingError:
         reason = "contents that only an unsafe load would read"
@@ -69,29 +88,30 @@ def explained(path: Path) -> Iterator[None]:
     raise CheckpointError(f"expected an undamaged checkpoint of this run at {path}, got: {reason}")
 
 
+_RAISED_BY_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OSError,
+    zipfile.BadZipFile,
+)
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__} {str(error).strip().splitlines()[0] if str(error).strip() else ''}".strip()
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """torch.save, such that a kill at any moment leaves the old file or the new one."""
-    with _replacing(path) as temporary:
-        torch.save(state, temporary)
+    """`torch.save`, such that a kill at any moment leaves the old file or the new one.
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Text to a file, such that a kill at any moment leaves the old file or the new one."""
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(path.name + ".part")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    Raises:
+        WriteError: It cannot be written.
+    """
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

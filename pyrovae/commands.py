@@ -22,7 +22,6 @@ from pyrovae import assessment, distributed, figures, pictures, runs
 from pyrovae import report as reports
 from pyrovae import sweep as sweeps
 from pyrovae.assessment import Examination
-from pyrovae.checkpoints import write_atomically
 from pyrovae.cli import SUMMARIES
 from pyrovae.comparison import every_estimator
 from pyrovae.config import Config, flag
@@ -33,8 +32,11 @@ from pyrovae.graphs import CaptureWarning, start_workers
 from pyrovae.guides import GUIDES
 from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, write
 from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.locks import LockWarning
 from pyrovae.networks import NETWORKS
+from pyrovae.signals import Interrupted, StoppingSignals
 from pyrovae.training import DivergedError, Fit, describe
+from pyrovae.whole_files import save_figure, write_atomically
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
 
@@ -117,13 +119,14 @@ def _fail(message: str, code: int) -> None:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """What runs uncompiled is said in one line."""
+    """What runs uncompiled, or without a lock, is said in one line."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CaptureWarning)
+        for plain in (CaptureWarning, LockWarning):
+            warnings.simplefilter("always", plain)
         shown = warnings.showwarning
 
         def show(message, category, *args, **kwargs) -> None:
-            if issubclass(category, CaptureWarning):
+            if issubclass(category, CaptureWarning | LockWarning):
                 if distributed.first_to_say(str(message)):
                     click.echo(f"Warning: {message}", err=True)
             else:
@@ -138,7 +141,7 @@ def _train(
 ) -> None:
     ctx = click.get_current_context()
     start_workers()
-    with _one_line_errors(), _plain_warnings(), distributed.joined():
+    with _one_line_errors(), _plain_warnings(), StoppingSignals(), distributed.joined(), _way_on(ctx):
         given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
@@ -163,6 +166,16 @@ def _train(
         distributed.wait()  # a launcher ends all when one ends with an exit code
     if stopped is not None:
         raise click.exceptions.Exit(128 + stopped)
+
+
+@contextlib.contextmanager
+def _way_on(ctx: click.Context) -> Iterator[None]:
+    """A run that the system has stopped is one line, which ends with the command that goes on."""
+    try:
+        yield
+    except runs.StoppedError as error:
+        again = f"{_program(ctx)} train --resume {shlex.quote(str(error.run))}"
+        _fail(f"{error}; nothing before is lost. When that is mended, go on: {again}", EXIT_FAILED)
 
 
 def _with_shorthand(given: dict[str, Any], autoencoder: bool) -> dict[str, Any]:
@@ -270,7 +283,7 @@ def _sweep(
     **settings: Any,
 ) -> None:
     ctx = click.get_current_context()
-    with _one_line_errors():
+    with _one_line_errors(), _plain_warnings(), StoppingSignals():
         plan = _planned(over, recipe, _with_shorthand(_given(ctx, settings), autoencoder))
         for name in _AUTOENCODER if autoencoder else ():
             if {cell.get(name, _AUTOENCODER[name]) for cell in plan.cells} != {_AUTOENCODER[name]}:
@@ -289,16 +302,16 @@ def _sweep(
 
             try:
                 failed = sweep.run(jobs, report)
-            except KeyboardInterrupt:
+            except Interrupted as stopped:
                 same = ["--out", str(directory)] if out is None else []
                 again = shlex.join([*ctx.find_root().meta.get("arguments", sys.argv[1:]), *same])
                 click.echo(f"Stopped; nothing is lost. To go on:\n  {_program(ctx)} {again}", err=True)
-                raise click.exceptions.Exit(130) from None
+                raise click.exceptions.Exit(128 + stopped.number) from None
         rows = sweep.table()
         if rows:
             write_atomically(directory / "results.csv", sweeps.to_csv(rows))
             write_atomically(directory / "results.md", sweeps.to_markdown(rows))
-            figures.overlaid_curves(sweep.histories()).savefig(directory / "curves.png", dpi=100)
+            save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
             click.echo(sweeps.to_markdown(rows), nl=False)
         left = "results.csv, results.md and curves.png" if rows else "No run has finished"
         click.echo(f"{left}: {directory}")

@@ -9,6 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pyrovae import locks
+from pyrovae.whole_files import write_errors
 
 T = TypeVar("T")
 
@@ -175,6 +179,22 @@ def together() -> Iterator[None]:
     errors = [error for error in gathered(met) if error is not None]
     if errors:
         raise met or errors[0]
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the lock on a directory (see `locks`), by the first process for all.
+
+    Raises:
+        LockedError: Another run holds it.
+        WriteError: The directory is not there, or cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        with together():
+            if rank() == 0:
+                with write_errors(directory):
+                    stack.enter_context(locks.held(directory))
+        yield
 
 
 def from_first(work: Callable[[], T]) -> T:

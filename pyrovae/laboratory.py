@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pyrovae import figures
-from pyrovae.checkpoints import load_checkpoint, write_atomically
+from pyrovae.checkpoints import load_checkpoint
 from pyrovae.comparison import USUAL, Comparison, compare
 from pyrovae.config import COMPILE, LONG, Config
 from pyrovae.data import Dataset
@@ -24,6 +24,7 @@ from pyrovae.runs import RunError, load, new_directory, read_config
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
 from pyrovae.vae import VAE
+from pyrovae.whole_files import save_figure, write_atomically
 
 TESTBEDS = {"linear-gaussian": LinearGaussian}
 
@@ -182,12 +183,12 @@ def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:
     for epoch, comparison in by_epoch.items():
         name = "variance" if epoch is None else f"variance-{epoch:04}"
         figure = figures.variance(comparison.rows, comparison.slopes, title(comparison))
-        figure.savefig(directory / f"{name}.png", dpi=100)
+        save_figure(figure, directory / f"{name}.png")
     if isinstance(found, dict):
         rows = {epoch: comparison.rows for epoch, comparison in found.items()}
         first = next(iter(found.values()))
         figure = figures.variance_over_training(rows, title(first, over_training=True))
-        figure.savefig(directory / "variance-over-training.png", dpi=100)
+        save_figure(figure, directory / "variance-over-training.png")
 
 
 def read(directory: Path) -> Comparison | dict[int, Comparison]:

@@ -42,6 +42,7 @@ from pyrovae.data import DATASETS, Images, default_data_dir, small_in_memory
 from pyrovae.evaluation import pca_squared_error, squared_error
 from pyrovae.files import FilePixels
 from pyrovae.vae import VAE, prior_grid
+from pyrovae.whole_files import WriteError, replacing, save_figure, write_errors
 
 SPLITS = ("train", "validation", "test", "all")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf", ".eps")
@@ -389,12 +390,16 @@ class Latents:
     def save(self, path: str | Path) -> None:
         """Writes a `.npz` with the arrays `mean` and, where there are any, `scale` and `labels`.
 
+        Args:
+            path: The file; the suffix is added where it is missing.
+
         Raises:
             ValueError: It cannot be written there.
         """
         arrays = {name: value.numpy() for name, value in vars(self).items() if value is not None}
-        with writing(Path(path)):
-            np.savez(path, **arrays)
+        path = Path(path) if Path(path).suffix == ".npz" else Path(f"{path}.npz")
+        with writing(path), replacing(path) as file:
+            np.savez(file, **arrays)
 
 
 def encode(
@@ -506,17 +511,25 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
         ValueError: It cannot be written there.
     """
     with writing(path):
-        figure.savefig(path, dpi=dpi)
+        save_figure(figure, path, dpi)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes the folders that a file needs; whatever forbids to write it there is one line."""
+    """Makes the folders that a file needs.
+
+    Raises:
+        ValueError: It cannot be written there.
+        WriteError: The storage is full or fails.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise ValueError(f"expected out where a file can be written, got: {error}") from None
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield
+    except WriteError as error:
+        if not error.of_place:
+            raise
+        raise ValueError(f"expected out where a file can be written, got {path}: {error.reason}") from None
 
 
 def _continuous(run: str | Path, what: str, which: str, device: str) -> VAE:

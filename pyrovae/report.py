@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 
 from pyrovae import assessment, figures, laboratory, pictures, runs
 from pyrovae.assessment import Assessment, Average
-from pyrovae.checkpoints import Row, load_checkpoint, write_atomically
+from pyrovae.checkpoints import Row, load_checkpoint
 from pyrovae.comparison import Comparison
 from pyrovae.config import Config, flag, spelled
 from pyrovae.data import DATASETS
 from pyrovae.vae import VAE
+from pyrovae.whole_files import write_atomically
 
 SUFFIXES = (".html", ".htm")
 DPI = 100

@@ -5,6 +5,7 @@ metrics.jsonl   one line per epoch
 checkpoint.pt   the state to continue from
 best.pt         the parameters with the best validation objective
 figures/        pictures
+.lock           held by the process that writes to the run (see `locks`)
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,37 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pyrovae import distributed, figures
-from pyrovae.checkpoints import explained, load_checkpoint, read_metrics, write_atomically
+from pyrovae.checkpoints import explained, load_checkpoint, read_metrics
 from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
-from pyrovae.training import DeferredSignals, Fit, batch_sizes, check_trainable, fit
+from pyrovae.signals import DeferredSignals
+from pyrovae.training import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
 from pyrovae.versions import recorded
+from pyrovae.whole_files import clear_temporary, is_new, save_figure, write_atomically, write_errors
 
 PICTURED = 20  # images in a figure of reconstructions or samples
 ENCODED = 5000  # images at a time
+LAST_FIGURE = "curves"  # the last that is drawn: with it a finished run is complete
 GRID_SIDE = 20  # decoded points per side of the manifold
 # On resuming; the data only in place.
 MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
+LEFT = ("config.json", "figures")  # what a run has before its first checkpoint
 VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
 
 
 class RunError(ValueError):
     """A run directory is not what it should be."""
+
+
+class StoppedError(OSError):
+    """The system failed a run, which can go on from its last checkpoint when that is mended.
+
+    Attributes:
+        run: Its directory.
+    """
+
+    run: Path
 
 
 def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) -> tuple[Path, Fit]:
@@ -52,7 +68,10 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
 
     Raises:
         ValueError: The data or settings do not do; nothing was written.
+        LockedError: Another process is writing to the directory.
         DivergedError: Training met a value that is not finite.
+        WriteError: The run could not be begun: there is no space, say.
+        StoppedError: Training was stopped by the system, and can go on by `resume`.
 
     Example:
         >>> run, result = train(Config(epochs=1, limit=(64, 32)), out="runs/first")
@@ -71,19 +90,19 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
 
-    def begin() -> Path:
-        record = _record(config, dataset)  # first, so that no directory is left where it fails
-        try:
-            directory = new_directory(Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}", out)
-            write_atomically(directory / "config.json", record)
-        except OSError as error:
-            raise RunError(f"expected out where a run can be written, got: {error}") from None
-        return directory
+    record = _record(config, dataset)  # first, so that no directory is left where it fails
+    stem = Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}"
+    directory = distributed.from_first(lambda: new_directory(stem, out, LEFT))
 
-    directory = distributed.from_first(begin)
-    if chosen == "auto" and not quiet and distributed.rank() == 0:
-        tqdm.write(f"compile {config.compile}, for {steps:,} steps", file=sys.stderr)
-    return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
+    def begin() -> None:
+        _check_new(directory, LEFT)  # by now another process may have come and gone
+        write_atomically(directory / "config.json", record)
+
+    with distributed.locked(directory):
+        distributed.from_first(begin)
+        if chosen == "auto" and not quiet and distributed.rank() == 0:
+            tqdm.write(f"compile {config.compile}, for {steps:,} steps", file=sys.stderr)
+        return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
 
 
 def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: bool = True) -> tuple[Path, Fit]:
@@ -99,10 +118,18 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     Raises:
         RunError: The directory is no run, its data have changed, or a change is not allowed.
         CheckpointError: The checkpoint is missing, damaged or of another run.
+        LockedError: Another process is writing to the run.
+        StoppedError: Training was stopped by the system, and can go on by `resume`.
     """
     directory = Path(run)
+    distributed.from_first(lambda: read_config(directory))  # no lock is left in what is no run
+    with distributed.locked(directory):
+        return directory, _resume(directory, changes or {}, quiet)
+
+
+def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
     saved, described = distributed.from_first(lambda: read_config(directory))
-    config = _changed(saved, changes or {})
+    config = _changed(saved, changes)
     with distributed.together():
         device = distributed.own_device(config.device())
     dataset = distributed.in_turn(config.make_dataset)
@@ -113,19 +140,23 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
             )
     vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(device)
 
-    def begin() -> None:
-        # A damaged checkpoint must not cost the run its settings: it is read before they are written.
-        state = load_checkpoint(directory / "checkpoint.pt", device)
-        with explained(directory / "checkpoint.pt"):
-            vae.load_state_dict(state["model"])
-            done = state["progress"]["epoch"]
-        if config.epochs < done:
-            raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
+    def begin() -> bool:
+        trained = not is_new(directory, LEFT)
+        if (
+            trained
+        ):  # A damaged checkpoint must not cost the run its settings: it is read before they are written.
+            state = load_checkpoint(directory / "checkpoint.pt", device)
+            with explained(directory / "checkpoint.pt"):
+                vae.load_state_dict(state["model"])
+                done = state["progress"]["epoch"]
+            if config.epochs < done:
+                raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
         if config != saved:
             write_atomically(directory / "config.json", _record(config, dataset))
+        return trained
 
-    distributed.from_first(begin)
-    return directory, _fit(directory, config, dataset.to(device), vae, resume=True, quiet=quiet)
+    trained = distributed.from_first(begin)
+    return _fit(directory, config, dataset.to(device), vae, resume=trained, quiet=quiet)
 
 
 def load(run: str | Path, *, which: str = "best", device: torch.device | str = "cpu") -> VAE:
@@ -209,18 +240,20 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
     return Config.from_json(merged)
 
 
-def new_directory(stem: Path, out: str | Path | None) -> Path:
-    """`out`, or else `<stem>-<n>` for the least n that is free: a directory that was not there, or was empty.
+def new_directory(stem: Path, out: str | Path | None, left: Sequence[str] = ()) -> Path:
+    """Makes `out`, or else `<stem>-<n>` for the least n that is free.
+
+    Args:
+        left: Names of what a process leaves in it that is killed early, which is as good as nothing.
 
     Raises:
-        RunError: `out` has files, or cannot be made.
+        RunError: `out` has other files, or cannot be made.
     """
     try:
         if out is not None:
             directory = Path(out)
             directory.mkdir(parents=True, exist_ok=True)
-            if any(directory.iterdir()):
-                raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
+            _check_new(directory, left)
             return directory
         for number in itertools.count(1):
             directory = stem.with_name(f"{stem.name}-{number}")
@@ -231,66 +264,122 @@ def new_directory(stem: Path, out: str | Path | None) -> Path:
         raise RunError(f"expected out where a run can be written, got: {error}") from None
 
 
+def _check_new(directory: Path, left: Sequence[str]) -> None:
+    if not is_new(directory, left) or not _ours(directory / "config.json"):
+        raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a config.json is one of a run, or none."""
+    try:
+        return json.loads(path.read_text()).keys() >= {"config", "data"}
+    except FileNotFoundError:
+        return True
+    except (ValueError, AttributeError):
+        return False
+
+
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
-    first = distributed.rank() == 0
-    if first:
-        (directory / "figures").mkdir(exist_ok=True)
+    """Trains in a directory that is locked, and draws the figures."""
     pictured = dataset.validation[:PICTURED]
 
     def picture(epoch: int) -> None:
-        if first and epoch in config.figure_epochs:
+        path = directory / "figures" / f"reconstructions-{epoch:04}.png"
+        if distributed.rank() == 0 and epoch in config.figure_epochs and not path.exists():
             reconstructed = vae.reconstruct(pictured.pixels, pictured.labels)
-            figure = figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}")
-            figure.savefig(directory / "figures" / f"reconstructions-{epoch:04}.png", dpi=100)
+            save_figure(figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}"), path)
 
-    result = fit(
-        vae,
-        dataset.train,
-        dataset.validation,
-        estimator=config.make_estimator(),
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        kl_warmup=config.kl_warmup,
-        compile=config.compile == "on",
-        bf16=config.bf16,
-        patience=config.patience,
-        seed=config.seed,
-        directory=directory,
-        resume=resume,
-        on_epoch=picture,
-        quiet=quiet,
-    )
-    if first and result.progress.finished:
-        with DeferredSignals():
-            _picture(directory, dataset, vae)
+    try:
+        distributed.from_first(lambda: _prepare(directory))
+        result = fit(
+            vae,
+            dataset.train,
+            dataset.validation,
+            estimator=config.make_estimator(),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            kl_warmup=config.kl_warmup,
+            compile=config.compile == "on",
+            bf16=config.bf16,
+            patience=config.patience,
+            seed=config.seed,
+            directory=directory,
+            resume=resume,
+            on_epoch=picture,
+            quiet=quiet,
+        )
+        if distributed.rank() == 0 and result.progress.finished:
+            with DeferredSignals():
+                _picture(directory, dataset, vae)
+    except distributed.LostProcess:
+        raise
+    except OSError as error:
+        stopped = StoppedError(str(error))
+        stopped.run = directory
+        raise stopped from error
     return result
 
 
+def _prepare(directory: Path) -> None:
+    """Makes the folder of figures, and clears away what an ended process has left."""
+    place = directory / "figures"
+    with write_errors(place):
+        place.mkdir(exist_ok=True)
+    for part in (directory, place):
+        clear_temporary(part)
+
+
 def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
-    """The figures of a finished run, of its best parameters; they show validation images, never test."""
+    """Draws the figures that a finished run lacks, of its best parameters and validation images, never test."""
     vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.zeros.device)["model"])
     images = dataset.validation
     first = images[:PICTURED]
-    pictures = {
-        "curves": figures.curves(read_metrics(directory)),
-        "reconstructions": figures.reconstructions(
-            first.pixels,
-            vae.reconstruct(first.pixels, first.labels),
-            "validation images and their reconstructions",
-        ),
-        "samples": samples(vae, 5 * PICTURED),
-    }
-    if vae.latent_dim == 2 and not vae.posterior.discrete:
-        if not vae.classes:
-            z, quantiles = prior_grid(GRID_SIDE)
-            rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
-            pictures["manifold"] = figures.manifold(rows, quantiles)
+
+    def codes() -> Figure:
         parts = (images[start : start + ENCODED] for start in range(0, len(images), ENCODED))
-        codes = torch.cat([vae.encode(part.pixels, part.labels) for part in parts])
-        pictures["latent"] = figures.latent_cloud(codes, images.labels)
-    for name, figure in pictures.items():
-        figure.savefig(directory / "figures" / f"{name}.png", dpi=100)
+        z = torch.cat([vae.encode(part.pixels, part.labels) for part in parts])
+        return figures.latent_cloud(z, images.labels)
+
+    def manifold() -> Figure:
+        z, quantiles = prior_grid(GRID_SIDE)
+        rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
+        return figures.manifold(rows, quantiles)
+
+    def reconstructions() -> Figure:
+        shown = vae.reconstruct(first.pixels, first.labels)
+        return figures.reconstructions(first.pixels, shown, "validation images and their reconstructions")
+
+    plane = vae.latent_dim == 2 and not vae.posterior.discrete
+    drawn: dict[str, Callable[[], Figure]] = {
+        "reconstructions": reconstructions,
+        "samples": lambda: samples(vae, 5 * PICTURED),
+        **({"manifold": manifold} if plane and not vae.classes else {}),
+        **({"latent": codes} if plane else {}),
+        LAST_FIGURE: lambda: figures.curves(read_metrics(directory)),
+    }
+    for name, draw in drawn.items():
+        if not _is_drawn(directory, name):
+            save_figure(draw(), directory / "figures" / f"{name}.png")
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a run has finished, and has its figures.
+
+    Raises:
+        CheckpointError: It has no checkpoint, or a damaged one.
+    """
+    progress = load_checkpoint(directory / "checkpoint.pt", "cpu")["progress"]
+    return bool(progress["finished"]) and _is_drawn(directory, LAST_FIGURE)
+
+
+def _is_drawn(directory: Path, name: str) -> bool:
+    """Whether there is this figure, of the last checkpoint and not of an earlier end of the run."""
+    try:
+        drawn = (directory / "figures" / f"{name}.png").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    return drawn >= (directory / "checkpoint.pt").stat().st_mtime_ns
 
 
 def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:

@@ -3,6 +3,7 @@
 sweep.json      the cells: what each sets, beside what they share
 cells/          each cell's settings as a recipe, and what its process printed
 <cell>/         its run directory
+.lock           held by the process that runs the sweep (see `locks`)
 results.csv     the table: mean and spread over seeds; results.md the same for reading
 curves.png      validation ELBO of all runs over epochs
 """
@@ -12,11 +13,10 @@ import io
 import itertools
 import json
 import os
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -24,15 +24,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pyrovae import distributed
-from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics, write_atomically
+from pyrovae import distributed, locks
+from pyrovae.checkpoints import CheckpointError, read_metrics
 from pyrovae.config import Config
+from pyrovae.processes import Processes
+from pyrovae.runs import is_complete
+from pyrovae.signals import DeferredSignals, Interrupted
+from pyrovae.whole_files import clear_temporary, is_new, write_atomically
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+ORPHANED = 60.0  # seconds for a cell whose sweep was killed to save its state and end
 Settings = dict[str, Any]
 METRICS = {
     "loss_without_constant": "final training loss, SSE/(2c) + KL",
@@ -136,49 +141,77 @@ class Sweep:
     recipe: Recipe
 
     def __post_init__(self):
-        contents = {"shared": self.recipe.shared, "cells": list(self.recipe.cells)}
-        path = self.directory / "sweep.json"
-        if path.exists():
-            if json.loads(path.read_text()) != json.loads(json.dumps(contents)):
+        self._check_place()  # no lock is left in what is no sweep
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locks.held(self.directory):
+            self._check_place()
+            path = self.directory / "sweep.json"
+            contents = {"shared": self.recipe.shared, "cells": list(self.recipe.cells)}
+            if not path.exists():
+                (self.directory / "cells").mkdir(exist_ok=True)
+                write_atomically(path, json.dumps(contents, indent=2) + "\n")
+            elif json.loads(path.read_text()) != json.loads(json.dumps(contents)):
                 raise SweepError(
                     f"expected out to be new or of the same sweep, got {self.directory} of another"
                 )
-        elif self.directory.exists() and any(self.directory.iterdir()):
-            raise SweepError(
-                f"expected out to be a new or empty directory, got {self.directory}, which has files"
-            )
-        else:
-            (self.directory / "cells").mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(contents, indent=2) + "\n")
+
+    def _check_place(self) -> None:
+        place = self.directory
+        if place.exists() and not (place / "sweep.json").exists() and not is_new(place, ("cells",)):
+            raise SweepError(f"expected out to be a new or empty directory, got {place}, which has files")
 
     def run(
         self, jobs: int = 1, report: Callable[[str, str], Any] = lambda cell, outcome: None
     ) -> dict[str, str]:
         """Runs, continues or skips each cell, in so many processes; one that fails does not stop the rest.
 
+        SIGINT and SIGTERM are passed on to the cells that are running, and are acted on when these have ended.
+
         Args:
             report: Called with a cell's name and "finished", "skipped" or why it failed.
 
         Returns:
             Why cells failed, by name.
+
+        Raises:
+            LockedError: Another process runs this sweep.
+            Interrupted: A signal stopped it.
         """
-        failed = {}
-        with ThreadPoolExecutor(jobs) as pool:
-            running = {name_of(cell): pool.submit(self._run_cell, cell) for cell in self.recipe.cells}
-            try:
-                for name, future in running.items():
-                    outcome = future.result()
-                    report(name, outcome)
-                    if outcome not in ("finished", "skipped"):
-                        failed[name] = outcome
-            except KeyboardInterrupt:  # the runs were sent it as well, and save themselves
-                pool.shutdown(cancel_futures=True)
-                raise
+        failed, processes = {}, Processes()
+        with (
+            locks.held(self.directory),
+            DeferredSignals(processes.stop) as signals,
+            ThreadPoolExecutor(jobs) as pool,
+        ):
+            clear_temporary(self.directory / "cells")
+            running = {
+                name_of(cell): pool.submit(self._run_cell, cell, processes) for cell in self.recipe.cells
+            }
+            for name, future in running.items():
+                outcome = future.result()
+                if signals.received is not None:
+                    continue
+                report(name, outcome)
+                if outcome not in ("finished", "skipped"):
+                    failed[name] = outcome
+        if signals.received is not None:
+            raise Interrupted(signals.received)
         return failed
 
-    def _run_cell(self, cell: Settings) -> str:
+    def _run_cell(self, cell: Settings, processes: Processes) -> str:
+        try:
+            return self._outcome(cell, processes)
+        except OSError as error:
+            return str(error)
+
+    def _outcome(self, cell: Settings, processes: Processes) -> str:
         name = name_of(cell)
         run, recipe = self.directory / name, self.directory / "cells" / f"{name}.toml"
+        other = _other_writer(run, processes)
+        if other:
+            return str(locks.LockedError.of(run, other))
+        if processes.stopped is not None:
+            return "stopped"
         state = _state(run)
         if state == "finished":
             return "skipped"
@@ -187,19 +220,11 @@ class Sweep:
         elif state:
             return state
         else:
-            if run.exists() and {path.name for path in run.iterdir()} <= {"config.json", "figures"}:
-                shutil.rmtree(run)  # killed before there was anything to continue
             write_atomically(recipe, _toml(self.recipe.shared | cell))
             arguments = ["--recipe", str(recipe), "--out", str(run)]
         with open(self.directory / "cells" / f"{name}.log", "a") as log:
-            command = [sys.executable, "-m", "pyrovae", "train", *arguments, "--quiet"]
-            code = subprocess.run(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=False,
-                env=distributed.without_launcher(os.environ),
-            ).returncode
+            command = [sys.executable, "-m", "pyrovae.cell", "train", *arguments, "--quiet"]
+            code = processes.run(command, log, distributed.without_launcher(os.environ))
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if code > 128:
@@ -268,10 +293,17 @@ def _state(run: Path) -> str:
     if not (run / "checkpoint.pt").exists():
         return ""
     try:
-        progress = load_checkpoint(run / "checkpoint.pt", "cpu")["progress"]
+        return "finished" if is_complete(run) else "unfinished"
     except CheckpointError as error:
         return str(error)
-    return "finished" if progress["finished"] else "unfinished"
+
+
+def _other_writer(run: Path, processes: Processes) -> str:
+    """Who is still writing to a run after ORPHANED seconds, in words; "" if nobody is."""
+    deadline = time.monotonic() + ORPHANED
+    while (other := locks.holder(run)) and time.monotonic() < deadline and processes.stopped is None:
+        time.sleep(0.1)
+    return other
 
 
 def _metrics(run: Path) -> Settings:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from pyrovae import distributed
+from pyrovae import distributed, locks
 from pyrovae.checkpoints import (
     FORMAT,
     CheckpointError,
@@ -40,13 +39,14 @@ from pyrovae.checkpoints import (
     read_metrics,
     save_atomically,
     set_random_states,
-    write_atomically,
 )
 from pyrovae.data import Images
 from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation import Evaluation, evaluate, without_constant
 from pyrovae.graphs import CaptureWarning, Replay, Step, flushed_denormals
+from pyrovae.signals import DeferredSignals
 from pyrovae.vae import VAE
+from pyrovae.whole_files import append_line, write_atomically, write_errors
 
 
 class DivergedError(ArithmeticError):
@@ -131,7 +131,8 @@ def fit(
         resume: Continue from the directory's checkpoint, bit-identically (on a CPU, and on as many
             processes) to a run that was never interrupted. Every other argument must be what it was;
             epochs may be more.
-        on_epoch: Called with the epoch's number, from 1, after it was saved; by every process.
+        on_epoch: Called with the epoch's number, from 1, after it was saved; by every process. A resumed run
+            calls it for its last epoch again if that was just saved, since a kill may have come between.
         compile: Train by compiled gradients (see `capture`), and on a GPU by whole steps as CUDA graphs.
             That takes some seconds to begin with. The same up to rounding.
         bf16: Products of layers in bfloat16; parameters and all else stay in float32.
@@ -149,6 +150,8 @@ def fit(
             group is on GPUs only.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
+        LockedError: Another process is writing to the directory.
+        WriteError: Something could not be saved; what was saved before is untouched.
         LostProcess: Another process ended.
 
     Warns:
@@ -184,6 +187,7 @@ def fit(
     )
     distributed.check_group()
     with (
+        contextlib.nullcontext() if directory is None else distributed.locked(directory),
         preserved_random_states(),
         DeferredSignals() as signals,
         distributed.watched(),
@@ -208,6 +212,8 @@ def fit(
         )
         with bar, contextlib.ExitStack() as stack:
             stack.callback(setattr, vae, "beta", vae.beta)
+            if trainer.progress.epoch and trainer.progress.batch == 0:
+                on_epoch(trainer.progress.epoch)
             while not trainer.over() and not signals.stop():
                 trainer.run_epoch(bar, signals)
                 if trainer.progress.batch == 0:
@@ -329,7 +335,7 @@ class _Trainer:
             self.progress.finished = ""
         return bool(self.progress.finished)
 
-    def run_epoch(self, bar: tqdm, signals: "DeferredSignals") -> None:
+    def run_epoch(self, bar: tqdm, signals: DeferredSignals) -> None:
         """The rest of an epoch, with validation and checkpoint; or up to a signal, with checkpoint."""
         started = time.perf_counter()
         indices = [distributed.shard(chosen) for chosen in self._order().split(self.sizes)]
@@ -489,31 +495,36 @@ class _Trainer:
         raise DivergedError(f"{what} in epoch {self.progress.epoch + 1}{kept}: try a lower learning rate")
 
     def save(self) -> None:
-        """Writes best.pt, metrics.jsonl and checkpoint.pt, in this order, each as a whole or not at all."""
+        """Writes best.pt, metrics.jsonl and checkpoint.pt, in this order, each as a whole or not at all.
+
+        Raises:
+            WriteError: The first process cannot; raised by all.
+        """
         if self.directory is None:
             return
         own, *others = distributed.gathered({"sums": self.sums.cpu(), "random": random_states(self.device)})
-        if distributed.rank() > 0:
-            return
+        with distributed.together():
+            if distributed.rank() == 0:
+                self._write(self.directory, {**own, "others": others})  # others: of the other processes
+
+    def _write(self, directory: Path, states: dict[str, Any]) -> None:
+        with write_errors(directory):
+            locks.check(directory)
         model = self.vae.state_dict()
         if self.progress.batch == 0 and self.history:
             if self.progress.stale == 0:
-                save_atomically(
-                    {"format": FORMAT, "epoch": self.progress.epoch, "model": model},
-                    self.directory / "best.pt",
-                )
-            with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.history[-1]) + "\n")
+                best = {"format": FORMAT, "epoch": self.progress.epoch, "model": model}
+                save_atomically(best, directory / "best.pt")
+            append_line(directory / "metrics.jsonl", json.dumps(self.history[-1]))
         state = {
             "format": FORMAT,
             "model": model,
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
-            **own,
-            "others": others,  # the same of the other processes
+            **states,
             "estimator": self.estimator.state_dict(),
         }
-        save_atomically(state, self.directory / "checkpoint.pt")
+        save_atomically(state, directory / "checkpoint.pt")
 
     def restore(self) -> None:
         """The inverse of `save`; metrics of epochs after the checkpoint are dropped."""
@@ -600,39 +611,3 @@ class Bfloat16Layers(TorchFunctionMode):
 
 
 _LAYERS = {linear, torch.conv2d, torch.conv_transpose2d}
-
-
-class DeferredSignals:
-    """While entered, SIGINT and SIGTERM are only noted, in `received`; a second one acts as ever."""
-
-    received: signal.Signals | None = None
-
-    def __init__(self):
-        self.agreement = distributed.Agreement()
-
-    def stop(self, *, soon: bool = False) -> bool:
-        """Whether any process has received one; every process must ask, and all get the same answer.
-
-        Args:
-            soon: It may be the answer to the last time of asking, which costs no waiting.
-        """
-        agree = self.agreement.soon if soon else self.agreement.now
-        number = agree(self.received or 0)
-        if number:
-            self.received = signal.Signals(number)
-        return bool(number)
-
-    def __enter__(self):
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number)
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, *exc):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -35,8 +35,12 @@ def _isolated():
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """A finished run is not pictured, which takes longer than a short run."""
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+    """A finished run is not pictured, which takes longer than a short run: the last of its figures is empty."""
+
+    def picture(directory: Path, *args) -> None:
+        (directory / "figures" / f"{runs.LAST_FIGURE}.png").touch()
+
+    monkeypatch.setattr(runs, "_picture", picture)
 
 
 @pytest.fixture

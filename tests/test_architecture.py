@@ -13,24 +13,25 @@ from pyrovae.data import DATASETS
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"files", "inputs", "versions"},
+    {"files", "inputs", "locks", "processes", "versions"},
+    {"whole_files"},
     {"likelihoods", "networks", "estimators", "data", "distributions"},
     {"guides", "testbed"},
     {"vae"},
     {"evidence"},
     {"evaluation", "checkpoints", "checks", "distributed", "pairs"},
-    {"graphs"},
+    {"graphs", "signals"},
     {"training", "per_draw"},
     {"variance"},
     {"comparison"},
     {"config", "figures"},
-    {"runs", "sweep"},
-    {"laboratory", "assessment", "pictures"},
+    {"runs"},
+    {"sweep", "laboratory", "assessment", "pictures"},
     {"report"},
     {"commands"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in sorted(modules)}
-ENTRY_POINTS = {"__init__", "__main__", "cli"}  # these import nothing, or only when asked
+ENTRY_POINTS = {"__init__", "__main__", "cell", "cli"}  # these import nothing, or only when asked
 
 
 def imports(path: Path) -> set[str]:

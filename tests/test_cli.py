@@ -251,6 +251,7 @@ def test_a_run_leaves_a_directory_with_figures(finished):
         "checkpoint.pt",
         "best.pt",
         "figures",
+        ".lock",
     }
     assert [row["epoch"] for row in read_metrics(finished)] == [1, 2]
     pictures = {path.stem: path for path in (finished / "figures").glob("*.png")}

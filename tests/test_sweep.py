@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-from pyrovae import sweep
 from pyrovae.checkpoints import read_metrics
 from pyrovae.cli import main
 from pyrovae.config import Config
+from pyrovae.processes import Processes
 from pyrovae.sweep import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes
 
 pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")
@@ -30,13 +29,13 @@ def in_process(monkeypatch):
     """Cells run in this process, which takes no seconds to start; returns the arguments of each."""
     started = []
 
-    def run(command, stdout, **settings):
+    def run(processes, command, log, environment):
         started.append(command[3:])
         result = CliRunner().invoke(main, command[3:])
-        stdout.write(result.output)
-        return SimpleNamespace(returncode=result.exit_code)
+        log.write(result.output)
+        return result.exit_code
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(Processes, "run", run)
     return started
 
 
@@ -160,7 +159,8 @@ def test_a_damaged_checkpoint_is_reported_and_kept(tmp_path, in_process):
 def test_a_cell_killed_before_its_first_checkpoint_starts_again(tmp_path, in_process):
     the_sweep = Sweep(tmp_path / "sweep", Recipe(({"latent_dim": 1},), TINY))
     (tmp_path / "sweep" / "latent_dim-1").mkdir()
-    (tmp_path / "sweep" / "latent_dim-1" / "config.json").write_text("{}")
+    (tmp_path / "sweep" / "latent_dim-1" / "config.json").write_text('{"config": {}, "data": {}}')
+    (tmp_path / "sweep" / "latent_dim-1" / ".checkpoint.pt.0123abcd.part").write_text("torn")
     assert the_sweep.run() == {}
 
 

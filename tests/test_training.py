@@ -415,7 +415,7 @@ def test_a_torn_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, written):
     save_atomically({"format": "old"}, path)
 
     def torn(state, file):
-        Path(file).write_bytes(os.urandom(written))
+        file.write(os.urandom(written))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", torn)
