@@ -142,8 +142,8 @@ def main(kills: int, seed: int, only: str | None, verbose: bool) -> None:
             hits, wrong = trial(case, out, generator, min(3, kills - done))
             done, trials, failures = done + hits, trials + 1, failures + wrong
             if verbose:
-                print(f"{case.name}, {case.begun:.2f} of {case.seconds:.2f} s: {hits} kills", *wrong, sep="
-  ")
+                moments = f"{case.begun:.2f} of {case.seconds:.2f} s"
+                print(f"{case.name}, {moments}: {hits} kills", *wrong, sep="\n  ")
             if not wrong:
                 shutil.rmtree(out, ignore_errors=True)
             sys.stdout.flush()

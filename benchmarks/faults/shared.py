@@ -179,7 +179,7 @@ def left_over(seconds: float = 30.0) -> int:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """The files of a directory of runs that differ from those of another, in more than the seconds of metrics."""
+    """The files of a directory of runs that differ from another's, in more than the seconds of metrics."""
 
     def names(place: Path) -> set[str]:
         files = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
