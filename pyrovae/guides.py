@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.nn.functional import softplus
 
+from pyrovae.buffers import kept_buffers
 from pyrovae.distributions import Flow, GaussianMixture
 from pyrovae.networks import Encoder
 
@@ -365,7 +366,8 @@ class Refined(Headed):
     A step is a natural gradient's, held within one standard deviation: with g the gradients of the ELBO
     (over beta) in loc and rho = log scale, loc <- loc + scale tanh(lr scale g_loc) and rho <- rho +
     tanh(lr g_rho / 2). The ELBO is averaged over NOISE fixed points in opposite pairs, so that q(z|x) is
-    one function of x. Under a decoder in training mode with batch norm, steps see their batch's statistics.
+    one function of x. With batch norm in the decoder, steps in training mode use the statistics of their
+    own batch and leave the running ones alone; with dropout, each step draws its own.
 
     Args:
         encoder: Pixels (..., D) to features (..., encoder.out_features).
@@ -415,7 +417,7 @@ class Refined(Headed):
         start = here = loc, scale.log()
         wanted = torch.is_grad_enabled()
         through = wanted and self.refine_through
-        with torch.enable_grad():
+        with torch.enable_grad(), kept_buffers():
             for _ in range(self.refine_steps):
                 if not (through and all(t.requires_grad for t in here)):
                     here = tuple(t.detach().requires_grad_() for t in here)

@@ -251,9 +251,9 @@ def test_the_same_seed_gives_the_same_numbers(make_vae, usual):
 
 
 def test_evaluations_are_counted(discrete, make_vae):
-    """K; 8 codes beside the one that was drawn; and 4 for each latent dimension beside the one."""
+    """K particles; all 8 codes; and 4 points for each latent dimension besides the sample."""
     for row in discrete.rows:
-        expected = 9 if row.estimator == "enumerate" else row.particles
+        expected = 8 if row.estimator == "enumerate" else row.particles
         assert row.evaluations == expected, row.estimator
     found = compared(make_vae(hidden=(8,), latent_dim=3), "measure-valued", "antithetic", draws=16)
     assert {key: row.evaluations for key, row in zip(keys(found), found.rows, strict=True)} == {

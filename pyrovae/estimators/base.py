@@ -1,8 +1,10 @@
 """The abstract `Estimator`, which every estimator derives from, and how it samples the guide."""
 
 import abc
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pyro.poutine as poutine
@@ -13,8 +15,17 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs
-from pyrovae.estimators.draws import Draws, is_drawn, sample_sites
+from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import PARTICLES, Site, too_deep
+from pyrovae.estimators.traces import (
+    Gates,
+    Program,
+    is_drawn,
+    point_masses,
+    replayed,
+    sample_sites,
+    traced,
+)
 
 _COLLISION = re.compile(f'plates "(.+)" and "{PARTICLES}", collide at dim=(-[0-9]+)')
 
@@ -147,16 +158,17 @@ class Estimator(ELBO, abc.ABC):
         def bound_model():
             return model(*args, **kwargs)
 
-        def bound_guide():
-            return guide(*args, **kwargs)
-
-        model_trace, guide_trace = self._get_vectorized_trace(bound_model, bound_guide, (), {})
-        draws = Draws(model_trace, guide_trace, self.num_particles, bound_model, bound_guide)
-        if self.needs_density and draws.point_masses:
+        guide_trace, gates = self._sampled(lambda: guide(*args, **kwargs))
+        masses = point_masses(guide_trace)
+        if self.needs_density and masses:
             raise ValueError(
                 f"expected a guide with a density for {type(self).__name__}, got a point mass at site "
-                f"{draws.point_masses[0]!r}, which has no ELBO: use the estimator 'reconstruction'"
+                f"{masses[0]!r}, which has no ELBO: use the estimator 'reconstruction'"
             )
+        values, num_particles = self._explored(guide_trace)
+        with _explained():
+            model_trace = replayed(bound_model, values, num_particles, min(-self.max_plate_nesting, -2))
+        draws = Draws(model_trace, values, num_particles, bound_model, gates)
         if draws.layout.plates and (
             draws.ties_data if self.importance_weighted else draws.chains_data and not self.use_rep
         ):
@@ -180,27 +192,26 @@ class Estimator(ELBO, abc.ABC):
                 f"the model and {in_guide} in the guide: give the plate over the data one name"
             )
 
-    def _get_trace(self, model, guide, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
-        try:
-            return self._traces(model, guide, args, kwargs)
-        except NoMirrorImage as error:  # a ValueError there would have Pyro append the trace's shapes
-            raise ValueError(str(error)) from None
-        except ValueError as error:
-            if collision := _COLLISION.search(str(error)):
-                raise ValueError(too_deep(collision[1], int(collision[2]), -int(collision[2]))) from None
-            raise
+    def _sampled(self, guide: Program) -> tuple[poutine.Trace, Gates]:
+        """A trace of the guide, and the gates between its sites."""
+        gates = Gates()
 
-    def _traces(self, model, guide, args, kwargs) -> tuple[poutine.Trace, poutine.Trace]:
-        with _Sampling(self.antithetic, detach=not self.use_rep):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        def gated() -> None:
+            with gates:
+                guide()
+
+        with _explained(), _Sampling(self.antithetic, detach=not self.use_rep):
+            guide_trace = traced(gated, self.num_particles, -self.max_plate_nesting)
         if self.use_rep:
             _check_reparameterized(guide_trace)
-            sites = sample_sites(guide_trace)
-            for site in sites.values() if len(sites) > 1 else ():
-                # What the model sees, apart from what the guide's later sites see: see weigh_samples.
-                site["value"] = site["value"].view_as(site["value"])
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        return model_trace, guide_trace
+        return guide_trace, gates
+
+    def _explored(self, guide_trace: poutine.Trace) -> tuple[poutine.Trace, int]:
+        """A trace of the guide with the values that the model is run at, and their number of particles."""
+        return guide_trace, self.num_particles
+
+    def _get_trace(self, model, guide, args, kwargs):  # abstract in Pyro's ELBO
+        raise NotImplementedError("these estimators are made of draws(), not of pairs of traces")
 
     def differentiable_loss(self, model, guide, *args, **kwargs) -> Float[Tensor, ""]:
         """Minus the bound, summed over the data; its gradient is minus the surrogate's. In nats."""
@@ -223,6 +234,19 @@ class Estimator(ELBO, abc.ABC):
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raises errors of running a program in the words of these estimators."""
+    try:
+        yield
+    except NoMirrorImage as error:  # a ValueError there would have Pyro append the trace's shapes
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        if collision := _COLLISION.search(str(error)):
+            raise ValueError(too_deep(collision[1], int(collision[2]), -int(collision[2]))) from None
+        raise
 
 
 class _Sampling(Messenger):

@@ -4,24 +4,18 @@ Notation, here and in every estimator: K particles per datum, B data in the batc
 log p(x, z) - log q(z|x), s = log q(z|x) with z held fixed. All values are in nats.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float, Shaped
-from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask, sum_rightmost
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyrovae.estimators.antithetic import without_events
-from pyrovae.estimators.layout import PARTICLES, Layout, Site, plate_scale, plates_of
-
-Program = Callable[[], Any]  # a model or a guide with its arguments
+from pyrovae.estimators.layout import Layout, Site, plate_scale, plates_of
+from pyrovae.estimators.traces import Gates, Program, replaced, replayed, sample_sites
 
 
 class Draws:
@@ -32,11 +26,11 @@ class Draws:
     Each datum has a share of the sites outside the data plates, so that this counts them once: see `Layout`.
 
     Args:
-        model_trace: A trace of the model, replayed against the guide's.
+        model_trace: A trace of the model at the guide's samples, as `replayed` gives it.
         guide_trace: A trace of the guide.
         num_particles: K, the size of the outer plate of both traces; 1 where there is none.
         model: What made the model's trace, to be run again at other latent values.
-        guide: What made the guide's trace.
+        gates: The gates between the guide's sites, if gradients go through its samples.
         joint: Whether all data are taken as a single datum (B = 1), as they depend on each other.
 
     Raises:
@@ -50,14 +44,14 @@ class Draws:
         guide_trace: poutine.Trace,
         num_particles: int,
         model: Program,
-        guide: Program,
+        gates: Gates | None = None,
         *,
         joint: bool = False,
     ):
         self.num_particles = num_particles
-        self.model, self.guide = model, guide
+        self.model, self.gates = model, Gates() if gates is None else gates
         self.model_trace, self.guide_trace = model_trace, guide_trace
-        self.sample_weights: Tensor | None = None
+        self._weights_held: list[Tensor] = []  # a list, so that hooks hold nothing of what is computed
         self.guide_sites = sample_sites(guide_trace)
         self._in_model = sample_sites(model_trace)
         self.observed_sites = {n: s for n, s in self._in_model.items() if s["is_observed"]}
@@ -72,7 +66,7 @@ class Draws:
     def jointly(self) -> "Draws":
         """The same particles with all data taken as a single datum."""
         traces = self.model_trace, self.guide_trace
-        return Draws(*traces, self.num_particles, self.model, self.guide, joint=True)
+        return Draws(*traces, self.num_particles, self.model, self.gates, joint=True)
 
     @property
     def is_scaled(self) -> bool:
@@ -121,12 +115,6 @@ class Draws:
             elif latent_seen:
                 after.append(site)
         return after
-
-    @property
-    def point_masses(self) -> list[str]:
-        """The guide's sites that put all their mass on a point, and bring no density of their own."""
-        bases = {name: without_events(site["fn"]) for name, site in self.guide_sites.items()}
-        return [n for n, q in bases.items() if isinstance(q, Delta) and not q.log_density.requires_grad]
 
     def _validate(self) -> None:
         if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
@@ -212,34 +200,42 @@ class Draws:
 
     @cached_property
     def log_guide_fixed(self) -> Float[Tensor, "K B"]:
-        """log q(z|x) with the guide's parameters held fixed: its gradient goes through z alone."""
-        leaves = {name: site["value"].detach().requires_grad_() for name, site in self.guide_sites.items()}
-        with torch.enable_grad():
-            if len(leaves) == 1:
-                sites = {name: site | {"value": leaves[name]} for name, site in self.guide_sites.items()}
-            else:  # a site's distribution may depend on the sites before it
-                sites = sample_sites(_run(self.guide, self._guide_trace_at(leaves), self.num_particles))
-            log_guide = self._sum(sites.values())
-            slopes = torch.autograd.grad(log_guide.sum(), [*leaves.values()], retain_graph=True)
+        """log q(z|x) with the guide's parameters held fixed: its gradient goes through z alone.
+
+        Its value is taken at copies of the samples. A site's sample enters the density of the site itself,
+        as the copy, and those of later sites, through the sample's gate; the sum of both derivatives is what
+        multiplies the sample's own movement.
+        """
+        copies = {name: site["value"].detach().requires_grad_() for name, site in self.guide_sites.items()}
+        sites = [site | {"value": copies[name]} for name, site in self.guide_sites.items()]
+        with torch.enable_grad(), self.gates.closed():
+            log_guide = self._sum(sites)
+            inputs = [*copies.values(), *self.gates.samples.values()]
+            slopes = torch.autograd.grad(log_guide.sum(), inputs, retain_graph=True, materialize_grads=True)
+        slope_of = dict(zip(copies, slopes, strict=False))
+        for name, slope in zip(self.gates.samples, slopes[len(copies) :], strict=True):
+            slope_of[name] = slope_of[name] + slope
         terms = [log_guide.detach()]
-        for site, slope in zip(self.guide_sites.values(), slopes, strict=True):
-            moved = (site["value"] - site["value"].detach()) * slope
-            rows = self.layout.rows(sum_rightmost(moved, site["fn"].event_dim), site)
-            terms.append(rows if self.layout.is_inside(site) else rows * self.subsampling)
+        for name, site in self.model_sites.items():
+            moved = (site["value"] - site["value"].detach()) * slope_of[name]
+            guide_site = self.guide_sites[name]
+            rows = self.layout.rows(sum_rightmost(moved, site["fn"].event_dim), guide_site)
+            terms.append(rows if self.layout.is_inside(guide_site) else rows * self.subsampling)
         return torch.stack(terms).sum(0)
 
     def weigh_samples(self, weights: Float[Tensor, "K B"]) -> None:
-        """Has the gradient that flows into each z multiplied by its particle's weight; no other changes.
+        """Has the gradient that flows into each z multiplied by its particle's weight.
 
-        From then on these draws serve this one surrogate; another call puts its weights in their place.
+        This holds for the gradients from the model and from `log_guide_fixed`. From then on these draws
+        serve this one surrogate; another call puts its weights in their place.
         """
-        first, self.sample_weights = self.sample_weights is None, weights
-        for site in self.guide_sites.values() if first else ():
-            value = site["value"]
+        first, held = not self._weights_held, self._weights_held
+        held[:] = [weights]
+        for name, site in self.guide_sites.items() if first else ():
+            value = self.model_sites[name]["value"]
             if value.requires_grad:
-                value.register_hook(
-                    lambda gradient, site=site: gradient * self.layout.as_batch(self.sample_weights, site)
-                )
+                shape = self.layout.as_batch(weights, site).shape
+                value.register_hook(lambda gradient, shape=shape: gradient * held[0].reshape(shape))
 
     def check_separate(self, name: str) -> None:
         """Checks that each datum stands by itself in one plate at dim -1, as some estimators need it.
@@ -251,34 +247,22 @@ class Draws:
             ValueError: It does not.
         """
         harmless = set(self.observed_sites) - {site["name"] for site in self._after_latents(self._in_model)}
-        for site in self._all_sites():
-            plates = {plate.name: plate.dim for plate in plates_of(site)}
-            if list(plates.values()) != [-1] and (site["name"] not in harmless or plates):
-                raise ValueError(
-                    f"expected site {site['name']!r} in one plate, over the data, at dim -1, for {name}, got "
-                    f"{f'plates {plates}' if plates else 'none'}: use the estimator 'elbo' or 'rloo'"
-                )
-        if not self.layout.plates:
-            names = sorted({plate.name for site in self._all_sites() for plate in plates_of(site)})
-            raise ValueError(f"expected one plate, over the data, for {name}, got {names}")
+        sites = [site for site in self._all_sites() if site["name"] not in harmless or plates_of(site)]
+        check_one_plate(sites, name)
 
     def at(self, values: Shaped[Tensor, "M ..."]) -> "Draws":
         """The same pair with these M particles in place of those drawn.
+
+        The model is run again, the guide is not. Random numbers that the model draws itself (dropout, say)
+        are drawn anew, for each particle its own, as they are wherever there are several particles.
 
         Raises:
             ValueError: The guide has more than one latent site.
         """
         if len(self.guide_sites) != 1:
             raise ValueError(f"expected a guide with one latent site, got {sorted(self.guide_sites)}")
-        guide_trace = self._guide_trace_at(dict.fromkeys(self.guide_sites, values))
-        model_trace = _run(self.model, guide_trace, len(values))
-        return Draws(model_trace, guide_trace, len(values), self.model, self.guide)
-
-    def _guide_trace_at(self, values: dict[str, Tensor]) -> poutine.Trace:
-        trace = self.guide_trace.copy()
-        for name, value in values.items():
-            trace.nodes[name] = trace.nodes[name] | {"value": value}
-        return trace
+        guide_trace = replaced(self.guide_trace, dict.fromkeys(self.guide_sites, values))
+        return Draws(replayed(self.model, guide_trace, len(values)), guide_trace, len(values), self.model)
 
     @cached_property
     def kl(self) -> Float[Tensor, "K B"]:
@@ -323,35 +307,24 @@ class Draws:
         return self.layout.rows(scale_and_mask(value, scale, site["mask"]), site)
 
 
-def _run(program: Program, guide_trace: poutine.Trace, num_particles: int) -> poutine.Trace:
-    """A trace of the program at the guide's values, on so many particles."""
-    with poutine.trace() as tracer, poutine.replay(trace=guide_trace):
-        if num_particles == 1:
-            program()
-        else:
-            with pyro.plate(PARTICLES, num_particles, dim=-2):
-                program()
-    return tracer.trace
+def check_one_plate(sites: Iterable[Site], name: str) -> None:
+    """Checks that sites are in one plate, at dim -1, as the estimator of this name needs it.
+
+    Raises:
+        ValueError: They are not.
+    """
+    names = set()
+    for site in sites:
+        plates = {plate.name: plate.dim for plate in plates_of(site)}
+        if list(plates.values()) != [-1]:
+            raise ValueError(
+                f"expected site {site['name']!r} in one plate, over the data, at dim -1, for {name}, got "
+                f"{f'plates {plates}' if plates else 'none'}: use the estimator 'elbo' or 'rloo'"
+            )
+        names |= plates.keys()
+    if len(names) > 1:
+        raise ValueError(f"expected one plate, over the data, for {name}, got {sorted(names)}")
 
 
 def _plate_names(site: Site) -> list[str]:
     return sorted(plate.name for plate in plates_of(site))
-
-
-def is_drawn(site: Site) -> bool:
-    """Whether a site of a trace is a latent variable: not data, a plate's indices or a deterministic value."""
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
-    )
-
-
-def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
-    """The latent and the observed sites of a trace, by name, in the order in which they were sampled."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and (site["is_observed"] or is_drawn(site))
-    }

@@ -4,13 +4,17 @@ import abc
 import math
 from typing import Any, ClassVar
 
+import pyro.poutine as poutine
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent
+from torch.distributions import Bernoulli
 
-from pyrovae.estimators.draws import Draws
+from pyrovae.estimators.antithetic import without_events
+from pyrovae.estimators.draws import Draws, check_one_plate
+from pyrovae.estimators.layout import Site
 from pyrovae.estimators.pathwise import Elbo
+from pyrovae.estimators.traces import replaced, sample_sites
 
 
 class Baselined(Elbo, abc.ABC):
@@ -200,7 +204,8 @@ class DisArm(Elbo):
         super().__init__(antithetic=True, **settings)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
-        site, q = bernoulli_site(draws, "DisArm")
+        draws.check_separate("DisArm")
+        site, q = bernoulli_site(draws.guide_sites, "DisArm")
         shape = draws.num_particles, draws.batch_size, -1
         first, second = site["value"].reshape(shape).unflatten(0, (-1, 2)).unbind(1)
         logits = q.logits.reshape(shape)[::2]
@@ -227,13 +232,20 @@ class Enumerate(Elbo):
 
     def draws(self, model, guide, *args, **kwargs) -> Draws:
         draws = super().draws(model, guide, *args, **kwargs)
-        site, _ = bernoulli_site(draws, "Enumerate")
+        draws.check_separate("Enumerate")
+        return draws
+
+    def _explored(self, guide_trace: poutine.Trace) -> tuple[poutine.Trace, int]:
+        sites = sample_sites(guide_trace)
+        check_one_plate(sites.values(), "Enumerate")
+        site, _ = bernoulli_site(sites, "Enumerate")
         z = site["value"]
         bits = z[0].numel()
         if bits > self.max_bits:
             raise ValueError(f"expected at most {self.max_bits} bits for Enumerate, got {bits}")
         codes = torch.arange(2**bits, device=z.device)[:, None] >> torch.arange(bits, device=z.device) & 1
-        return draws.at(codes.to(z.dtype).reshape(-1, 1, *z.shape[1:]).expand(-1, *z.shape))
+        every = codes.to(z.dtype).reshape(-1, 1, *z.shape[1:]).expand(-1, *z.shape)
+        return replaced(guide_trace, {site["name"]: every}), len(every)
 
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
         return self._expectation(draws, draws.log_weight)
@@ -257,15 +269,13 @@ def leave_one_out_mean(f: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
     return (f.sum(0) - f) / (len(f) - 1)
 
 
-def bernoulli_site(draws: Draws, name: str) -> tuple[dict[str, Any], Bernoulli]:
+def bernoulli_site(guide_sites: dict[str, Site], name: str) -> tuple[Site, Bernoulli]:
     """The one latent site, and its Bernoulli without its event dimensions."""
-    draws.check_separate(name)
-    sites = list(draws.guide_sites.values())
-    q = sites[0]["fn"].base_dist if isinstance(sites[0]["fn"], Independent) else sites[0]["fn"]
-    if len(sites) != 1 or not isinstance(q, Bernoulli):
-        got = {site["name"]: site["fn"] for site in sites}
+    families = {site: without_events(guide_sites[site]["fn"]) for site in guide_sites}
+    if [isinstance(q, Bernoulli) for q in families.values()] != [True]:
+        got = {site: guide_sites[site]["fn"] for site in guide_sites}
         raise ValueError(f"expected a Bernoulli guide at one site for {name}, got {got}")
-    return sites[0], q
+    return *guide_sites.values(), *families.values()
 
 
 def _follow(running: Tensor, value: Tensor, decay: float) -> None:

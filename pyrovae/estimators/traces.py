@@ -1,0 +1,108 @@
+"""Traces of a model and a guide: how the programs are run, each once, and what their sites are."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import Delta
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyrovae.estimators.antithetic import without_events
+from pyrovae.estimators.layout import PARTICLES, Site
+
+Program = Callable[[], Any]  # a model or a guide with its arguments
+
+
+def traced(
+    program: Program, num_particles: int, dim: int = -2, *, at: poutine.Trace | None = None
+) -> poutine.Trace:
+    """A trace of a program on so many particles, with the values of another trace where one is given.
+
+    Args:
+        dim: The dimension of the plate over particles, where there are several.
+    """
+
+    def on_particles() -> None:
+        with pyro.plate(PARTICLES, num_particles, dim=dim) if num_particles > 1 else contextlib.nullcontext():
+            program()
+
+    return poutine.trace(on_particles if at is None else poutine.replay(on_particles, trace=at)).get_trace()
+
+
+def replayed(model: Program, guide_trace: poutine.Trace, num_particles: int, dim: int = -2) -> poutine.Trace:
+    """A trace of the model at the guide's samples.
+
+    The model sees views of them, so that `weigh_samples` finds the gradients that come from the model.
+    """
+    views = {name: site["value"].view_as(site["value"]) for name, site in sample_sites(guide_trace).items()}
+    return traced(model, num_particles, dim, at=replaced(guide_trace, views))
+
+
+def replaced(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
+    """The trace with these values in place of its own."""
+    trace = trace.copy()
+    for name, value in values.items():
+        trace.nodes[name] = trace.nodes[name] | {"value": value}
+    return trace
+
+
+class Gates(Messenger):
+    """Gates between a guide's sites, through which later sites see the samples of earlier ones.
+
+    While they are closed, no gradient passes from a later site to what an earlier sample is made of, and
+    the gradients in `samples` are partial derivatives. It must be the innermost handler around a guide, so
+    that a trace has the samples themselves.
+
+    Attributes:
+        samples: For each site whose sample carries a gradient, the sample as later sites see it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: dict[str, Tensor] = {}
+        self._are_closed = [False]  # a list, so that the hooks hold nothing of what is computed
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_drawn(msg) and msg["value"].requires_grad:
+            gate, are_closed = msg["value"].view_as(msg["value"]), self._are_closed
+            gate.register_hook(lambda gradient: torch.zeros_like(gradient) if are_closed[0] else gradient)
+            msg["value"] = self.samples[msg["name"]] = gate.view_as(gate)
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """While entered, the gates are closed."""
+        self._are_closed[0] = True
+        try:
+            yield
+        finally:
+            self._are_closed[0] = False
+
+
+def is_drawn(site: Site) -> bool:
+    """Whether a site of a trace is a latent variable: not data, a plate's indices or a deterministic value."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    )
+
+
+def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """The latent and the observed sites of a trace, by name, in the order in which they were sampled."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and (site["is_observed"] or is_drawn(site))
+    }
+
+
+def point_masses(guide_trace: poutine.Trace) -> list[str]:
+    """The guide's sites that put all their mass on a point, and bring no density of their own."""
+    bases = {name: without_events(site["fn"]) for name, site in sample_sites(guide_trace).items()}
+    return [n for n, q in bases.items() if isinstance(q, Delta) and not q.log_density.requires_grad]
