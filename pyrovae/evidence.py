@@ -1,79 +1,54 @@
 """Estimates of log p(x), the evidence of a VAE: importance sampling, prior samples, annealing.
 
-Each takes observations as `VAE.observe` gives them, so that all estimates are of the same x,
-and leaves the VAE and the random states as they were. Each estimates p(x) without bias, so that its
-logarithm is too small on average.
+They take observations as `VAE.observe` gives them, so that all are of the same x. Each estimates p(x)
+without bias, so that its logarithm is too small on average. `bidirectional` bounds log p(x) from above as well,
+for images that the model makes.
+
+None of them changes anything. Networks run in evaluation mode, whatever mode they are in. The noise is a
+function of the seed. The VAE and the random states of torch, numpy and Python are left as they were.
 """
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
+import numpy as np
 import pyro
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import one_hot
 
+from pyrovae.annealing import Point, anneal, anneal_back, schedule
+from pyrovae.inputs import check_labels
 from pyrovae.vae import VAE
+from pyrovae.weights import Evidence, Tally
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 NUMBERS = 2**22  # that the decoder gives at a time, unless a batch size says otherwise
-TARGET_ACCEPTANCE, GAIN, FIRST_STEP_SIZE = 0.65, 0.2, 0.5
 PILOT_CHAINS = 4
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What K weighted particles say of log p(x), for each of N images, on the CPU.
+class Bidirectional:
+    """Bounds of log p(x) from both sides, in nats, for N images that the model made, on the CPU.
 
     Attributes:
-        log_evidence: (N,) log of the mean weight, in nats.
-        effective_sample_size: (N,) (sum w)^2 / sum w^2, from 1 to K.
-        bound: (N,) the mean log weight, in nats: the ELBO for importance sampling.
-        log_lik: (N,) the mean of log p(x|z) over the particles, unweighted, in nats.
-        particles: K.
+        x: (N, E) the images, as `VAE.observe` gives them; a Gaussian's may have pixels outside [0, 1].
+        lower: Annealed importance sampling, whose log_evidence is too small on average.
+        upper: (N,) minus the log of the mean of 1 / w over chains in reverse, which is too large on average.
     """
 
-    log_evidence: Float[Tensor, " N"]
-    effective_sample_size: Float[Tensor, " N"]
-    bound: Float[Tensor, " N"]
-    log_lik: Float[Tensor, " N"]
-    particles: int
+    x: Shaped[Tensor, "N E"]
+    lower: Evidence
+    upper: Float[Tensor, " N"]
 
     @property
-    def error(self) -> Float[Tensor, " N"]:
-        """The standard error of each log_evidence by the delta method, in nats: too small if K is too small."""
-        return (1 / self.effective_sample_size - 1 / self.particles).clamp(min=0).sqrt()
-
-
-class _Tally:
-    """Sums over particles that come a few at a time, in float64."""
-
-    def __init__(self, x: Shaped[Tensor, "N E"]):
-        zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        self.log_sum, self.log_squares = zeros - math.inf, zeros - math.inf
-        self.sum_log, self.sum_lik = zeros.clone(), zeros.clone()
-
-    def add(
-        self, rows: slice | Tensor, log_weight: Float[Tensor, "K B"], log_lik: Float[Tensor, "K B"]
-    ) -> None:
-        log_weight = log_weight.double()
-        self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_weight.logsumexp(0))
-        self.log_squares[rows] = torch.logaddexp(self.log_squares[rows], (2 * log_weight).logsumexp(0))
-        self.sum_log[rows] += log_weight.sum(0)
-        self.sum_lik[rows] += log_lik.double().sum(0)
-
-    def result(self, particles: int) -> Evidence:
-        effective = (2 * self.log_sum - self.log_squares).exp()
-        means = (
-            self.log_sum - math.log(particles),
-            effective,
-            self.sum_log / particles,
-            self.sum_lik / particles,
-        )
-        return Evidence(*(each.cpu() for each in means), particles)
+    def gap(self) -> Float[Tensor, " N"]:
+        """(N,) upper less lower: on average at least as large as the error of each, and 0 if chains mix."""
+        return self.upper - self.lower.log_evidence
 
 
 def importance_weighted(
@@ -99,7 +74,8 @@ def importance_weighted(
     """
     if not vae.posterior.density:
         raise ValueError("expected a guide with a density, got an autoencoder's point mass: see naive")
-    chunk, tally = _chunk(vae, x, particles, batch_size), _Tally(x)
+    _check(vae, x, particles=particles, batch_size=batch_size)
+    chunk, tally = _chunk(vae, batch_size), Tally(x, particles)
     with _evaluating(vae, seed):
         prior = vae.posterior.prior(vae.zeros)
         for i in range(len(x)):
@@ -108,7 +84,7 @@ def importance_weighted(
                 log_lik = vae.log_lik(z, x[i])
                 tally.add(slice(i, i + 1), log_lik + prior.log_prob(z) - q.log_prob(z), log_lik)
             _report(progress, i + 1, len(x), "importance sampling")
-    return tally.result(particles)
+    return tally.result()
 
 
 def naive(
@@ -129,7 +105,8 @@ def naive(
         particles: K.
         batch_size: Pairs of a particle and an image at a time; what keeps memory small if None.
     """
-    chunk, tally = _chunk(vae, x, particles, batch_size), _Tally(x)
+    _check(vae, x, particles=particles, batch_size=batch_size)
+    chunk, tally = _chunk(vae, batch_size), Tally(x, particles)
     images = min(len(x), math.isqrt(chunk))
     with _evaluating(vae, seed):
         samples = vae.posterior.prior(vae.zeros).sample((particles,))
@@ -143,7 +120,7 @@ def naive(
                     tally.add(rows, log_lik, log_lik)
             done += len(z)
             _report(progress, done, particles, "prior samples")
-    return tally.result(particles)
+    return tally.result()
 
 
 def annealed(
@@ -164,6 +141,9 @@ def annealed(
     sizes, times a random number from 0.5 to 1.5, since weights of chains that adapt are biased. (Wu et
     al. adapt while they measure.)
 
+    With few steps the weights are so uneven that a handful of chains misses those that matter. The standard
+    error does not see that; the result's `interval` and effective sample size do.
+
     Args:
         steps: Values of b after 0, on Wu et al.'s sigmoid schedule.
         chains: Per image; the particles of the result.
@@ -178,119 +158,127 @@ def annealed(
     On the quantitative analysis of decoder-based generative models, Wu, Burda, Salakhutdinov & Grosse,
     2017, https://arxiv.org/abs/1611.04273, section 3.1.
     """
-    if vae.posterior.discrete:
-        raise ValueError(
-            f"expected ais with a continuous z only, got the discrete guide {type(vae.posterior).__name__}"
-        )
-    for name, value in {"ais_steps": steps, "leapfrog": leapfrog}.items():
-        if value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
-    chunk, tally = _chunk(vae, x, chains, batch_size, name="ais_chains"), _Tally(x)
-    temperatures = _schedule(steps)
-    images = max(1, chunk // chains)
-    passes = 2 * math.ceil(len(x) / images)
-
-    def annealing(number: int, part: Tensor, count: int, step_sizes: Tensor | None = None):
-        z = vae.posterior.prior(vae.zeros).sample((count, len(part)))
-        return _anneal(
-            lambda z: _point(vae, z, part),
-            z,
-            temperatures,
-            leapfrog,
-            step_sizes,
-            lambda step: _report(progress, number * steps + step, passes * steps, "annealing"),
-        )
-
+    _check(vae, x)
+    annealer = _Annealer(vae, x, steps, chains, leapfrog, batch_size, progress, runs=2)
+    tally = Tally(x, chains)
     with _evaluating(vae, seed):
-        for number, start in enumerate(range(0, len(x), images)):
-            rows = slice(start, start + images)
-            *_, step_sizes = annealing(2 * number, x[rows], PILOT_CHAINS)
-            log_weight, log_lik, _ = annealing(2 * number + 1, x[rows], chains, step_sizes)
+        for rows in annealer.parts:
+            log_weight, log_lik, _ = annealer.forward(rows)
             tally.add(rows, log_weight, log_lik)
-    return tally.result(chains)
+    return tally.result()
 
 
-def _schedule(steps: int) -> list[float]:
-    """From 0 to 1 by the sigmoid of evenly spaced numbers from -4 to 4, close together at the ends."""
-    values = torch.linspace(-4, 4, steps + 1, dtype=torch.float64).sigmoid()
-    return ((values - values[0]) / (values[-1] - values[0])).tolist()
+def bidirectional(
+    vae: VAE,
+    *,
+    images: int = 10,
+    labels: Int[Tensor, " N"] | None = None,
+    steps: int = 1000,
+    chains: int = 16,
+    leapfrog: int = 10,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Bidirectional:
+    """Bounds of log p(x) from both sides, for images that are drawn from the model: z from p(z), x from p(x|z).
+
+    Such a z is an exact draw from p(z|x). From it, the chains of `annealed` run in reverse, and their weights
+    w have E[1 / w] = 1 / p(x), so that minus the log of their mean inverse is too large on average. The gap
+    between the two bounds limits the error that annealing of so many steps makes on the model's own images. It
+    says something of the error on real images as far as these resemble the model's.
+
+    Args:
+        images: N.
+        labels: (N,) classes, from 0 to C - 1, for a conditional VAE; drawn evenly if None.
+        steps, chains, leapfrog, batch_size: Those of `annealed`. All reverse chains of an image start at the
+            one z that made it.
+
+    Raises:
+        ValueError: z is discrete, a number is out of range, or labels are no classes or not N.
+
+    Source: Sandwiching the marginal likelihood using bidirectional Monte Carlo, Grosse, Ghahramani & Adams,
+    2015, https://arxiv.org/abs/1511.02543, section 3.
+    """
+    _check_positive(images=images)
+    with _evaluating(vae, seed):
+        z, x = _simulate(vae, images, labels)
+        annealer = _Annealer(vae, x, steps, chains, leapfrog, batch_size, progress, runs=3)
+        lower, upper = Tally(x, chains), torch.zeros(len(x), dtype=torch.float64)
+        for rows in annealer.parts:
+            log_weight, log_lik, step_sizes = annealer.forward(rows)
+            lower.add(rows, log_weight, log_lik)
+            back = annealer.back(rows, z[rows], step_sizes)
+            upper[rows] = (math.log(chains) - (-back).logsumexp(0)).cpu()
+    return Bidirectional(x.cpu(), lower.result(), upper)
 
 
-@dataclass(frozen=True)
-class _Point:
-    """Chains' places, log densities and their gradients in z."""
+def _simulate(vae: VAE, images: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Draws of z, and of observations given z."""
+    if vae.classes and labels is None:
+        labels = torch.randint(vae.classes, (images,), device=vae.zeros.device)
+    z, y = vae.posterior.prior(vae.zeros).sample((images,)), None
+    if vae.classes:
+        check_labels(labels, vae.classes, (images,))
+        y = one_hot(labels.long(), vae.classes).to(vae.zeros)
+    chunk = _chunk(vae, None)
+    parts = [slice(start, start + chunk) for start in range(0, images, chunk)]
+    x = torch.cat([vae.likelihood_of(z[part], None if y is None else y[part]).sample() for part in parts])
+    return z, x if y is None else torch.cat([x, y.to(x)], -1)
 
-    z: Float[Tensor, "K B L"]
-    log_prior: Float[Tensor, "K B"]
-    log_lik: Float[Tensor, "K B"]
-    prior_gradient: Float[Tensor, "K B L"]
-    lik_gradient: Float[Tensor, "K B L"]
 
-    def log_density(self, b: float) -> Float[Tensor, "K B"]:
-        return self.log_prior + b * self.log_lik
+class _Annealer:
+    """Chains for a few images at a time, which count their steps toward a number of runs for each image."""
 
-    def gradient(self, b: float) -> Float[Tensor, "K B L"]:
-        return self.prior_gradient + b * self.lik_gradient
+    def __init__(
+        self,
+        vae: VAE,
+        x: Tensor,
+        steps: int,
+        chains: int,
+        leapfrog: int,
+        batch_size: int | None,
+        progress: Progress | None,
+        runs: int,
+    ):
+        if vae.posterior.discrete:
+            guide = type(vae.posterior).__name__
+            raise ValueError(f"expected ais with a continuous z only, got the discrete guide {guide}")
+        _check_positive(ais_steps=steps, ais_chains=chains, leapfrog=leapfrog, batch_size=batch_size)
+        images = max(1, _chunk(vae, batch_size) // chains)
+        self.vae, self.x, self.chains, self.leapfrog = vae, x, chains, leapfrog
+        self.temperatures, self.progress = schedule(steps), progress
+        self.parts = [slice(start, start + images) for start in range(0, len(x), images)]
+        self.done, self.total = 0, runs * steps * len(self.parts)
 
-    def or_else(self, other: "_Point", here: Bool[Tensor, "K B"]) -> "_Point":
-        """This point where `here`, else the other."""
-        wide = here.unsqueeze(-1)
-        return _Point(
-            torch.where(wide, self.z, other.z),
-            torch.where(here, self.log_prior, other.log_prior),
-            torch.where(here, self.log_lik, other.log_lik),
-            torch.where(wide, self.prior_gradient, other.prior_gradient),
-            torch.where(wide, self.lik_gradient, other.lik_gradient),
+    def forward(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights and the last log p(x|z), (K, B), and the step sizes that a pilot run found."""
+        *_, step_sizes = self._run(anneal, rows, self._prior(rows, PILOT_CHAINS), None)
+        return self._run(anneal, rows, self._prior(rows, self.chains), step_sizes)
+
+    def back(self, rows: slice, z: Float[Tensor, "B L"], step_sizes: Tensor) -> Float[Tensor, "K B"]:
+        """Log weights of chains in reverse, all from z."""
+        return self._run(anneal_back, rows, z.expand(self.chains, *z.shape), step_sizes)
+
+    def _prior(self, rows: slice, chains: int) -> Float[Tensor, "K B L"]:
+        return self.vae.posterior.prior(self.vae.zeros).sample((chains, len(self.x[rows])))
+
+    def _run(self, run: Callable, rows: slice, z: Tensor, step_sizes: Tensor | None):
+        x = self.x[rows]
+        return run(
+            lambda z: _point(self.vae, z, x), z, self.temperatures, self.leapfrog, step_sizes, self._step
         )
 
+    def _step(self) -> None:
+        self.done += 1
+        _report(self.progress, self.done, self.total, "annealing")
 
-def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B E"]) -> _Point:
+
+def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B E"]) -> Point:
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         log_prior, log_lik = vae.posterior.prior(vae.zeros).log_prob(z), vae.log_lik(z, x)
         gradients = (torch.autograd.grad(term.sum(), z)[0] for term in (log_prior, log_lik))
-        return _Point(z.detach(), log_prior.detach(), log_lik.detach(), *gradients)
-
-
-def _anneal(
-    at: Callable[[Tensor], _Point],
-    z: Float[Tensor, "K B L"],
-    temperatures: list[float],
-    leapfrog: int,
-    step_sizes: Float[Tensor, "steps B"] | None,
-    progress: Callable[[int], None],
-) -> tuple[Float[Tensor, "K B"], Float[Tensor, "K B"], Float[Tensor, "steps B"]]:
-    """Log weights and last log p(x|z) of chains from z, and their step sizes, which adapt if None are given."""
-    point, log_weight, used = at(z), torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device), []
-    step_size = z.new_full(z.shape[1:2], FIRST_STEP_SIZE)
-    for step, (before, b) in enumerate(pairwise(temperatures)):
-        log_weight += (b - before) * point.log_lik.double()
-        if step_sizes is not None:
-            step_size = step_sizes[step]
-        used.append(step_size)
-        point, acceptance = _transition(at, point, b, step_size.unsqueeze(-1), leapfrog)
-        step_size = step_size * (GAIN * (acceptance.mean(0) - TARGET_ACCEPTANCE)).exp()
-        progress(step + 1)
-    return log_weight, point.log_lik, torch.stack(used)
-
-
-def _transition(
-    at: Callable[[Tensor], _Point], point: _Point, b: float, step_size: Float[Tensor, "B 1"], leapfrog: int
-) -> tuple[_Point, Float[Tensor, "K B"]]:
-    """One Hamiltonian Monte Carlo transition, and its probability of acceptance."""
-    # Paths of one length may be whole periods of a dimension, which then stands still.
-    step_size = step_size * (0.5 + torch.rand_like(step_size))
-    momentum = torch.randn_like(point.z)
-    before = point.log_density(b) - 0.5 * momentum.square().sum(-1)
-    moved, momentum = point, momentum + 0.5 * step_size * point.gradient(b)
-    for step in range(leapfrog):
-        moved = at(moved.z + step_size * momentum)
-        weight = 1.0 if step < leapfrog - 1 else 0.5
-        momentum = momentum + weight * step_size * moved.gradient(b)
-    log_ratio = moved.log_density(b) - 0.5 * momentum.square().sum(-1) - before
-    log_ratio = log_ratio.nan_to_num(nan=-math.inf)  # a path that ran away is refused
-    accepted = torch.rand_like(log_ratio).log() < log_ratio
-    return moved.or_else(point, accepted), log_ratio.clamp(max=0).exp()
+        return Point(z.detach(), log_prior.detach(), log_lik.detach(), *gradients)
 
 
 def _by_class(vae: VAE, x: Shaped[Tensor, "N E"]) -> tuple[Int[Tensor, " rows"], ...]:
@@ -300,13 +288,20 @@ def _by_class(vae: VAE, x: Shaped[Tensor, "N E"]) -> tuple[Int[Tensor, " rows"],
     return (rows,) if y is None else tuple(rows[y[:, c] > 0] for c in y.any(0).nonzero()[:, 0])
 
 
-def _chunk(vae: VAE, x: Tensor, particles: int, batch_size: int | None, name: str = "particles") -> int:
-    """How many decoded images to hold at a time."""
-    for label, value in {name: particles, "batch_size": batch_size, "images": len(x)}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"expected {label} >= 1, got {value}")
+def _check(vae: VAE, x: Tensor, **numbers: int | None) -> None:
+    _check_positive(images=len(x), **numbers)
     vae.check_observed(x)
-    return batch_size or max(1, NUMBERS // (x.shape[1] * vae.likelihood.outputs))
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"expected {name} >= 1, got {number}")
+
+
+def _chunk(vae: VAE, batch_size: int | None) -> int:
+    """The number of decoded images to hold at a time."""
+    return batch_size or max(1, NUMBERS // (math.prod(vae.decoder.shape) * vae.likelihood.outputs))
 
 
 def _report(progress: Progress | None, done: int, total: int, what: str) -> None:
@@ -322,11 +317,21 @@ def _evaluating(vae: VAE, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """torch's default generators seeded, and on leaving set back to where they were."""
+    """Seeds the default generators of torch, on the CPU and the device, of numpy and of Python.
+
+    On leaving, all are as they were.
+    """
     device = torch.device(device)
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -13,9 +13,9 @@ from pyrovae.data import DATASETS
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"buffers", "files", "inputs", "locks", "processes", "versions"},
+    {"buffers", "files", "inputs", "locks", "pareto", "processes", "versions"},
     {"whole_files"},
-    {"likelihoods", "networks", "estimators", "data", "distributions"},
+    {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
     {"guides", "testbed"},
     {"vae"},
     {"evidence"},
