@@ -60,6 +60,7 @@ _NAMES_OF = {
         "Rws",
     ],
     "data": ["DATASETS", "Dataset", "Images", "load_dataset"],
+    "folders": ["DataWarning"],
     "graphs": ["capture", "Step", "Capture", "CaptureWarning"],
     "training": ["fit", "Fit"],
     "evidence": ["importance_weighted", "naive", "annealed", "bidirectional", "Bidirectional"],

@@ -28,6 +28,7 @@ from pyrovae.config import Config, flag
 from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation import bits_per_dim
+from pyrovae.folders import DataWarning
 from pyrovae.graphs import CaptureWarning, start_workers
 from pyrovae.guides import GUIDES
 from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, write
@@ -39,6 +40,7 @@ from pyrovae.training import DivergedError, Fit, describe
 from pyrovae.whole_files import save_figure, write_atomically
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
+_OURS = CaptureWarning, DataWarning, LockWarning
 
 
 class _Parsed(click.ParamType):
@@ -88,9 +90,13 @@ def _given(ctx: click.Context, values: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """A wrong call or file as one line and exit code 2, a failed run as one line and exit code 1."""
+    """A wrong call or file as one line and exit code 2, a failed run as one line and exit code 1.
+
+    Warnings of this package are a line each as well.
+    """
     try:
-        yield
+        with _plain_warnings():
+            yield
     except ValueError as error:
         _fail(_with_flags(str(error)), EXIT_WRONG_CALL)
     except (DivergedError, OSError) as error:
@@ -119,18 +125,19 @@ def _fail(message: str, code: int) -> None:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """What runs uncompiled, or without a lock, is said in one line."""
+    """Says in one line, and once, what runs uncompiled or without a lock, and which data were left out."""
     with warnings.catch_warnings():
-        for plain in (CaptureWarning, LockWarning):
-            warnings.simplefilter("always", plain)
-        shown = warnings.showwarning
+        for category in _OURS:
+            warnings.simplefilter("always", category)
+        shown, said = warnings.showwarning, set()
 
         def show(message, category, *args, **kwargs) -> None:
-            if issubclass(category, CaptureWarning | LockWarning):
+            if not issubclass(category, _OURS):
+                shown(message, category, *args, **kwargs)
+            elif str(message) not in said:
+                said.add(str(message))
                 if distributed.first_to_say(str(message)):
                     click.echo(f"Warning: {message}", err=True)
-            else:
-                shown(message, category, *args, **kwargs)
 
         warnings.showwarning = show
         yield
@@ -141,7 +148,7 @@ def _train(
 ) -> None:
     ctx = click.get_current_context()
     start_workers()
-    with _one_line_errors(), _plain_warnings(), StoppingSignals(), distributed.joined(), _way_on(ctx):
+    with _one_line_errors(), StoppingSignals(), distributed.joined(), _way_on(ctx):
         given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
@@ -283,7 +290,7 @@ def _sweep(
     **settings: Any,
 ) -> None:
     ctx = click.get_current_context()
-    with _one_line_errors(), _plain_warnings(), StoppingSignals():
+    with _one_line_errors(), StoppingSignals():
         plan = _planned(over, recipe, _with_shorthand(_given(ctx, settings), autoencoder))
         for name in _AUTOENCODER if autoencoder else ():
             if {cell.get(name, _AUTOENCODER[name]) for cell in plan.cells} != {_AUTOENCODER[name]}:

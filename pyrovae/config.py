@@ -333,6 +333,16 @@ class Config:
                 beta=self.beta,
             )
 
+    def make_vae_for(self, dataset: Dataset) -> VAE:
+        """A new VAE for these images, as `make_vae` gives it.
+
+        Raises:
+            ValueError: It is to be conditional, and the labels do not number the classes from 0 on.
+        """
+        if self.conditional:
+            dataset.check_classes()
+        return self.make_vae(dataset.shape, dataset.levels, dataset.classes)
+
     def make_estimator(self) -> Estimator:
         """The bound and its gradient."""
         # Only what was given: an estimator has defaults of its own.

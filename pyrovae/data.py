@@ -10,6 +10,7 @@ they are, their order and their pixels are the same as in memory.
 import contextlib
 import os
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,12 +25,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pyrovae.files import ArrayFile, FilePixels
-from pyrovae.inputs import check_label_types, check_pixels
+from pyrovae.folders import DataWarning, Folder
+from pyrovae.inputs import check_label_types, check_pixels, range_fault
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
 IN_MEMORY = 2**30  # bytes as float32 up to which a .npy is read into memory, which is faster
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+LEAST_GREY = 32  # a largest grey level below this is not one of 255
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ class Images:
 class Dataset:
     """Train, validation and test images that share none, and the number of grey levels they have.
 
+    Attributes:
+        named: How many different labels their source has; None to count them here.
+
     Raises:
         ValueError: They are not of one shape.
     """
@@ -138,6 +143,7 @@ class Dataset:
     validation: Images
     test: Images
     levels: int
+    named: int | None = None
 
     def __post_init__(self):
         shapes = [images.shape for images in (self.train, self.validation, self.test)]
@@ -156,6 +162,21 @@ class Dataset:
         if any(part is None or (part < 0).any() for part in labels):
             return 0
         return 1 + max(int(part.max()) for part in labels)
+
+    def check_classes(self) -> None:
+        """Checks that labels are the numbers of classes: from 0 on, without a gap.
+
+        Raises:
+            ValueError: They leave out numbers, for which a conditional VAE would have classes without images.
+        """
+        named = self.named
+        if named is None and self.classes:
+            named = len(torch.cat([part.labels for part in (self.train, self.validation, self.test)]).unique())
+        if self.classes and named < self.classes:
+            raise ValueError(
+                f"expected labels that number the classes from 0 on, for a conditional VAE, got {named} labels "
+                f"up to {self.classes - 1}: number them by numpy.unique(labels, return_inverse=True)[1]"
+            )
 
     @property
     def checksum(self) -> int:
@@ -239,10 +260,10 @@ def load_dataset(
 
     Args:
         name: A name in DATASETS, a `.npz` with the array `images` (and, if any, `labels`,
-            `test_images`, `test_labels`), a `.npy` of images, or a folder of image files, whose
-            subfolders are classes. Arrays are (N, H, W) or (N, H, W, C): uint8, bool, or floats in
-            [0, 1]. What is used of a `.npy` in C order, numpy's default, stays in the file if it is
-            more than IN_MEMORY; everything else is read into memory.
+            `test_images`, `test_labels`), a `.npy` of images, or a folder of image files of any format that
+            Pillow reads, whose subfolders are classes (see `folders`). Arrays are (N, H, W) or
+            (N, H, W, C): uint8, bool, or floats in [0, 1]. What is used of a `.npy` in C order, numpy's
+            default, stays in the file if it is more than IN_MEMORY; everything else is read into memory.
         data_dir: Where torchvision's datasets lie or go; `default_data_dir()` if None.
         held_out: Validation images, taken from the source's training images; a tenth, at most 5,000, if
             None. As many again as that default are for test where the source has no test images.
@@ -261,8 +282,8 @@ def load_dataset(
     sizes = default if source.test is None else 0, default if held_out is None else held_out
     if len(order) <= sum(sizes):
         raise ValueError(
-            f"expected more than {sum(sizes)} images in {name!r}, got {len(order)}: {sizes[0]} are for test "
-            f"and {sizes[1]} for validation"
+            f"expected more than {sum(sizes)} images in {name!r}, got {len(order)}: with {sizes[0]} for test "
+            f"and {sizes[1]} for validation, none are left to train on"
         )
     test, validation, train = order.split([*sizes, len(order) - sum(sizes)])  # test first: always the same
     if limit is not None:
@@ -271,7 +292,9 @@ def load_dataset(
         validation = validation[torch.randperm(len(validation), generator=generator)[: limit[1]]]
     parts = source.train.subset(train), source.train.subset(validation)
     parts = *parts, source.train.subset(test) if source.test is None else source.test
-    return Dataset(*small_in_memory(*parts), source.levels)
+    labels = [part.labels for part in (source.train, source.test) if part is not None]
+    named = None if any(part is None for part in labels) else len(torch.cat(labels).unique())
+    return Dataset(*small_in_memory(*parts), source.levels, named)
 
 
 def small_in_memory(*parts: Images) -> tuple[Images, ...]:
@@ -295,7 +318,7 @@ def read_source(name: str, data_dir: Path, image_size: int | None) -> Source:
         return DATASETS[name](data_dir)
     if is_folder:
         return read_folder(path, image_size)
-    if path.suffix in (".npz", ".npy") and path.is_file():
+    if path.suffix.lower() in (".npz", ".npy") and path.is_file():
         return read_arrays(path)
     raise ValueError(
         f"expected dataset to be one of {', '.join(DATASETS)}, or an existing .npz, .npy or folder, "
@@ -380,9 +403,11 @@ def _images_from_array(path: Path, array: np.ndarray, labels: np.ndarray | None)
     if labels is None:
         return Images(pixels)
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"expected {len(pixels)} integer labels in {path}, got {labels.dtype} of shape {labels.shape}"
-        )
+        remedy = ": save labels.astype(int)" if labels.ndim == 1 and labels.dtype.kind in "bf" else ""
+        got = f"{labels.dtype} of shape {labels.shape}{remedy}"
+        raise ValueError(f"expected {len(pixels)} integer labels in {path}, got {got}")
+    if labels.dtype == np.uint64 and labels.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"expected labels below 2**63 in {path}, got {labels.max()}")
     return Images(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -415,83 +440,60 @@ def _pixels_from_array(path: Path, array: np.ndarray) -> Float[Tensor, "N C H W"
 def _check_kind(path: Path, array: np.ndarray) -> None:
     """That this is an array of images, whatever its values."""
     if array.dtype != np.uint8 and array.dtype.kind not in "fb":
-        raise ValueError(f"expected uint8, bool or float images in {path}, got {array.dtype}")
+        remedy = ": save images / the grey level of white" if array.dtype.kind in "iu" else ""
+        raise ValueError(f"expected uint8, bool or float images in {path}, got {array.dtype}{remedy}")
     if array.ndim not in (3, 4) or 0 in array.shape:
-        raise ValueError(f"expected images (N, H, W) or (N, H, W, C) in {path}, got shape {array.shape}")
+        remedy = ": reshape to (-1, height, width)" if array.ndim == 2 else ""
+        raise ValueError(
+            f"expected images (N, H, W) or (N, H, W, C) in {path}, got shape {array.shape}{remedy}"
+        )
     if array.ndim == 4 and array.shape[-1] > 4:
+        first = "move channels to the end with numpy.moveaxis(images, 1, -1)"
         raise ValueError(
             f"expected at most 4 channels, last, in {path}, got shape {array.shape}: "
-            "move channels to the end with numpy.moveaxis(images, 1, -1)"
+            + (first if array.shape[1] <= 4 else "choose some with images[..., :3]")
         )
 
 
 def _check_grey_levels(path: Path, chunks: Iterable[np.ndarray]) -> None:
-    """That uint8 images use their range, as far as need be to see it."""
+    """Checks that uint8 images use their range, as far as need be to see it.
+
+    A largest level of 16, say, means that white is 16, and not that all images are dark.
+    """
     largest = 0
     for chunk in chunks:
         largest = max(largest, int(chunk.max(initial=0)))
-        if largest >= 32:
+        if largest >= LEAST_GREY:
             return
     if largest:
+        remedy = "multiply by 255, or save an array of bool" if largest == 1 else f"save images / {largest}"
         raise ValueError(
-            f"expected uint8 images with grey levels up to 255 in {path}, got up to {largest}: "
-            "divide by the largest grey level"
+            f"expected 8-bit images with grey levels up to 255 in {path}, got up to {largest}, which is black: "
+            f"if {largest} is white, {remedy}"
         )
 
 
 def _check_range(path: Path, chunks: Iterable[np.ndarray]) -> None:
-    """That floats are in [0, 1]; of other kinds every value will be."""
+    """Checks that floats are in [0, 1]; of other kinds every value will be."""
     low, high = np.inf, -np.inf
     for chunk in chunks:
         if chunk.dtype.kind != "f":
             return
         # Of these the numpy functions, not Python's, stay nan once they are.
         low, high = float(np.minimum(low, chunk.min())), float(np.maximum(high, chunk.max()))
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"expected pixels in [0, 1] in {path}, got values from {low:g} to {high:g}: "
-            "divide by the largest grey level, or save as uint8"
-        )
+    fault = range_fault(low, high)
+    if fault:
+        raise ValueError(f"expected pixels in [0, 1] in {path}, got {fault}")
 
 
 def read_folder(path: Path, image_size: int | None) -> Source:
-    """Images from the files in a folder; its subfolders, if it has any, are classes."""
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not files:
-        raise ValueError(f"expected image files ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}, got none")
-    arrays = [_read_image(file, image_size) for file in files]
-    colour = max(array.ndim for array in arrays) == 3
-    if colour:
-        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=-1) for a in arrays]
-    for file, array in zip(files, arrays, strict=True):
-        if array.shape != arrays[0].shape:
-            raise ValueError(
-                f"expected images of one size, got {array.shape[1]}x{array.shape[0]} in {file} and "
-                f"{arrays[0].shape[1]}x{arrays[0].shape[0]} in {files[0]}: set an image size"
-            )
-    folders = [file.relative_to(path).parts[0] if file.parent != path else "" for file in files]
-    classes = sorted(set(folders))
-    labels = np.array([classes.index(folder) for folder in folders]) if len(classes) > 1 else None
-    return Source(_images_from_array(path, np.stack(arrays), labels), None, levels=256)
+    """Images from the files in a folder; its subfolders, if it has any, are classes.
 
-
-def _read_image(file: Path, image_size: int | None) -> np.ndarray:
-    """(H, W) for a grey image and (H, W, 3) for a colour one, uint8."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                raise ValueError(f"more than 8 bits per pixel, mode {image.mode}: save it with 8")
-            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            if image_size is not None:
-                image = ImageOps.fit(image, (image_size, image_size))
-            return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
+    Warns:
+        DataWarning: Files were left out, or images changed.
+    """
+    folder = Folder.read(path, image_size)
+    _check_grey_levels(path, [folder.images])
+    if str(folder.remarks):
+        warnings.warn(f"{path}: {folder.remarks}", DataWarning, stacklevel=2)
+    return Source(_images_from_array(path, folder.images, folder.labels), None, levels=256)

@@ -102,7 +102,7 @@ class Measurement:
     def of_config(self, config: Config) -> Comparison:
         """At a new run's parameters before training."""
         dataset = config.make_dataset()
-        vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(config.device())
+        vae = config.make_vae_for(dataset).to(config.device())
         return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
 
     def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
@@ -115,7 +115,7 @@ class Measurement:
             raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
         dataset = config.make_dataset()
         config = config.resolved(dataset.levels)
-        vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(config.device())
+        vae = config.make_vae_for(dataset).to(config.device())
         on_device = dataset.to(config.device())
         found: dict[int, Comparison] = {}
 

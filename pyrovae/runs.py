@@ -87,7 +87,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     chosen, config = config.compile, config.resolved(dataset.levels)
     if chosen == "auto":  # decided once: a resumed run goes on in the same mode
         config = replace(config, compile="on" if steps >= LONG else "off")
-    vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes)
+    vae = config.make_vae_for(dataset)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
 
     record = _record(config, dataset)  # first, so that no directory is left where it fails

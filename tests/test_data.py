@@ -1,7 +1,9 @@
 """Datasets: splits that share no image, every accepted format, and one line for everything else."""
 
+import dataclasses
 import gzip
 import pickle
+import re
 import struct
 from http.client import IncompleteRead
 from pathlib import Path
@@ -14,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pyrovae import runs
+from pyrovae.config import Config
 from pyrovae.data import DATASETS, Dataset, Images, load_dataset
+from pyrovae.laboratory import Measurement
 
 FAMILIES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 RAW_FILES = (
@@ -219,6 +224,124 @@ def test_a_bad_npz_is_one_line(tmp_path, kind):
     assert not (tmp_path / "executed").exists()
 
 
+WAYS_OUT = {
+    "channels first": (grey(6, 3, 8, 8), "move channels to the end with numpy.moveaxis(images, 1, -1)"),
+    "five channels": (grey(6, 8, 8, 5), "got shape (6, 8, 8, 5): choose some with images[..., :3]"),
+    "a matrix": (grey(6, 16), "got shape (6, 16): reshape to (-1, height, width)"),
+    "from -1 to 1": (
+        2 * spoiled(0.75) - 1 - 0.5,
+        "from -0.5 to 0: rescale pixels in [-1, 1] by (pixels + 1) / 2",
+    ),
+    "rounded": (spoiled(1.0000001), "got values from 0.5 to 1.0000001192092896: clip to [0, 1]"),
+    "standardised": (spoiled(-2.5), "from -2.5 to 0.5: undo the standardisation, pixels * std + mean"),
+    "floats to 255": (spoiled(255), "from 0.5 to 255: divide by the grey level of white, such as 255"),
+    "nan": (spoiled(np.nan), "got values that are not numbers (nan): replace or leave out these images"),
+    "inf": (spoiled(-np.inf), "got infinite values: replace or leave out these images"),
+    "16 bits": (np.full((6, 4, 4), 999, np.uint16), "got uint16: save images / the grey level of white"),
+    "zeros and ones": (
+        np.ones((6, 4, 4), np.uint8),
+        "got up to 1, which is black: if 1 is white, multiply by 255",
+    ),
+    "17 levels": (np.full((6, 4, 4), 16, np.uint8), "which is black: if 16 is white, save images / 16"),
+    "31 levels": (np.full((6, 4, 4), 31, np.uint8), "which is black: if 31 is white, save images / 31"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "npy"])
+@pytest.mark.parametrize("kind", WAYS_OUT)
+def test_the_way_out_is_that_of_the_fault(tmp_path, kind, suffix):
+    array, way_out = WAYS_OUT[kind]
+    file = tmp_path / f"bad.{suffix}"
+    np.savez(file, images=array) if suffix == "npz" else np.save(file, array)
+    assert way_out in check_one_line(file)
+
+
+def test_the_least_largest_grey_level_is_32(tmp_path):
+    np.savez(tmp_path / "dark.npz", images=np.full((6, 4, 4), 32, np.uint8))
+    assert len(load_dataset(str(tmp_path / "dark.npz")).train) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(6), "expected 6 integer labels in {}, got float64 of shape (6,): save labels.astype(int)"),
+        (np.zeros(6, bool), "got bool of shape (6,): save labels.astype(int)"),
+        (np.eye(6), "got float64 of shape (6, 6)"),
+        (np.full(6, 2**63, np.uint64), "expected labels below 2**63 in {}, got 9223372036854775808"),
+    ],
+)
+def test_wrong_labels_say_what_to_save(tmp_path, labels, message):
+    file = tmp_path / "bad.npz"
+    np.savez(file, images=grey(), labels=labels)
+    assert check_one_line(file).endswith(message.format(file))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "uint64"])
+def test_labels_of_every_integer_type_are_kept(tmp_path, dtype):
+    labels = np.arange(6).astype(dtype)
+    np.savez(tmp_path / "images.npz", images=np.stack([grey(4, 4) * k / 6 for k in range(6)]), labels=labels)
+    for images in splits(load_dataset(str(tmp_path / "images.npz"))):
+        assert torch.equal((images.pixels[:, 0, 0, 0] * 12).round().long(), images.labels)
+
+
+@pytest.mark.parametrize("name", ["images.NPZ", "images.Npy"])
+def test_a_suffix_may_be_in_capitals(tmp_path, name):
+    with open(tmp_path / name, "wb") as file:
+        np.savez(file, images=grey()) if name.endswith("Z") else np.save(file, grey())
+    assert len(load_dataset(str(tmp_path / name)).train) == 4
+
+
+# Classes
+
+
+def labelled(labels: list[int], named: int | None = None) -> Dataset:
+    parts = torch.tensor(labels).split([len(labels) - 2, 1, 1])
+    return Dataset(*(Images(torch.zeros(len(y), 1, 2, 2), y) for y in parts), levels=256, named=named)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 1], [2, 1, 0, 2], [0, 0, 0, 0], [-1, 5, 9, 0], [3, 2, 1, 0]])
+def test_labels_that_number_the_classes_are_taken(labels):
+    labelled(labels).check_classes()
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"), [([5, 900, 5, 5], 2), ([0, 2, 2, 0], 2), ([1, 2, 3, 1], 3), ([1] * 4, 1)]
+)
+def test_labels_with_gaps_number_no_classes(labels, count):
+    message = (
+        f"expected labels that number the classes from 0 on, for a conditional VAE, got {count} labels up to "
+    )
+    message += f"{max(labels)}: number them by numpy.unique(labels, return_inverse=True)[1]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        labelled(labels).check_classes()
+    labelled(np.unique(labels, return_inverse=True)[1].tolist()).check_classes()
+
+
+def test_a_limit_leaves_no_gap_that_the_source_has_not(tmp_path):
+    """Of 100 classes, few images see a few."""
+    k = np.arange(200)
+    np.savez(tmp_path / "many.npz", images=np.zeros((200, 2, 2)), labels=k % 100)
+    dataset = load_dataset(str(tmp_path / "many.npz"), limit=(5, 5))
+    assert dataset.named == 100
+    dataset.check_classes()
+    np.savez(tmp_path / "gaps.npz", images=np.zeros((200, 2, 2)), labels=2 * (k % 100))
+    with pytest.raises(ValueError, match="got 100 labels up to 19"):
+        load_dataset(str(tmp_path / "gaps.npz")).check_classes()
+
+
+@pytest.mark.parametrize("labels", [[5, 900], [0, 2_000_000_000]])
+def test_a_conditional_run_of_labels_with_gaps_is_one_line(tmp_path, labels):
+    """And asks for no memory for classes that there are not."""
+    np.savez(tmp_path / "gaps.npz", images=np.zeros((20, 2, 2)), labels=np.array(labels * 10))
+    config = Config(dataset=str(tmp_path / "gaps.npz"), conditional=True, hidden=(2,), epochs=1)
+    for call in (lambda: runs.train(config, out=tmp_path / "run"), lambda: Measurement().of_config(config)):
+        with pytest.raises(ValueError, match="expected labels that number the classes from 0 on"):
+            call()
+    assert not (tmp_path / "run").exists()
+    dataset = config.make_dataset()
+    assert dataclasses.replace(config, conditional=False).make_vae_for(dataset).classes == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"0.5 0.5", b"\x93NUMPY\x01\x00", pickle.dumps([0.5])])
 def test_a_bad_npy_is_one_line(tmp_path, content):
     (tmp_path / "bad.npy").write_bytes(content)
@@ -263,14 +386,14 @@ def picture(file: Path, grey_level: int = 100, *, mode: str = "L", size: tuple[i
 @pytest.mark.parametrize(("modes", "channels"), [(["L"] * 4, 1), (["RGB"] * 4, 3), (["L", "RGB"] * 2, 3)])
 def test_folder_of_images(tmp_path, modes, channels):
     for k, mode in enumerate(modes):
-        picture(tmp_path / f"{k}.png", k, mode=mode)
+        picture(tmp_path / f"{k}.png", 40 * k, mode=mode)
     dataset = load_dataset(str(tmp_path))
     pixels = torch.cat([images.pixels for images in splits(dataset)])
     assert dataset.shape == (channels, 5, 6)
-    assert sorted((pixels[:, 0, 0, 0] * 255).round().tolist()) == [0, 1, 2, 3]
+    assert sorted((pixels[:, 0, 0, 0] * 255).round().tolist()) == [0, 40, 80, 120]
     if channels == 3:  # a grey picture among colours has its level in every channel
         assert sorted((pixels[:, 2, 0, 0] * 255).round().tolist()) == sorted(
-            255 if mode == "RGB" else k for k, mode in enumerate(modes)
+            255 if mode == "RGB" else 40 * k for k, mode in enumerate(modes)
         )
     assert dataset.train.labels is None
 

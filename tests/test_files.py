@@ -222,7 +222,7 @@ def test_a_file_that_was_deleted_is_still_read(saved):
 SPOILED = {
     "above 1": (np.full((50, 4, 3), 0.5), 1.5, "from 0.5 to 1.5"),
     "below 0": (np.full((50, 4, 3), 0.5), -0.5, "from -0.5 to 0.5"),
-    "not a number": (np.full((50, 4, 3), 0.5), np.nan, "from nan to nan"),
+    "not a number": (np.full((50, 4, 3), 0.5), np.nan, r"values that are not numbers \(nan\)"),
     "other grey levels": (np.zeros((50, 4, 3), np.uint8), 17, "grey levels up to 255 .* got up to 17"),
 }
 
