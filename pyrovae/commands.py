@@ -36,6 +36,7 @@ from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.locks import LockWarning
 from pyrovae.networks import NETWORKS
 from pyrovae.signals import Interrupted, StoppingSignals
+from pyrovae.texts import printable, to_csv
 from pyrovae.training import DivergedError, Fit, describe
 from pyrovae.whole_files import save_figure, write_atomically
 
@@ -110,16 +111,21 @@ def _one_line_errors() -> Iterator[None]:
 def _with_flags(message: str) -> str:
     """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
     names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
-    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne|digit"
+    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne|digit|dpi"
     names += "|images(?= from)|image(?= from| without)|data(?= to be)"
     return re.sub(
         rf"^expected ({names})\b(?! most| least)", lambda match: f"expected {flag(match[1])}", message
     )
 
 
+def _say(text: str | Path, **where: Any) -> None:
+    """Prints text as `click.echo` does, without the control characters of a name from outside."""
+    click.echo(printable(str(text), keep="\n"), **where)
+
+
 def _fail(message: str, code: int) -> None:
     if distributed.first_to_say("what failed"):
-        click.echo(f"Error: {' '.join(message.split())}", err=True)
+        _say(f"Error: {' '.join(message.split())}", err=True)
     raise click.exceptions.Exit(code)
 
 
@@ -137,7 +143,7 @@ def _plain_warnings() -> Iterator[None]:
             elif str(message) not in said:
                 said.add(str(message))
                 if distributed.first_to_say(str(message)):
-                    click.echo(f"Warning: {message}", err=True)
+                    _say(f"Warning: {message}", err=True)
 
         warnings.showwarning = show
         yield
@@ -163,9 +169,9 @@ def _train(
         stopped = result.stopped_by if not result.progress.finished else None
         if distributed.rank() == 0:
             if stopped is None:
-                click.echo(str(run) if quiet else _summary(run, result))
+                _say(str(run) if quiet else _summary(run, result))
             else:
-                click.echo(
+                _say(
                     f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
                     f"  {_program(ctx)} train --resume {shlex.quote(str(run))}",
                     err=True,
@@ -305,23 +311,23 @@ def _sweep(
             def report(cell: str, outcome: str) -> None:
                 bar.update()
                 if not quiet or outcome not in ("finished", "skipped"):
-                    bar.write(f"{cell or 'the run'}: {outcome}", file=sys.stderr)
+                    bar.write(printable(f"{cell or 'the run'}: {outcome}"), file=sys.stderr)
 
             try:
                 failed = sweep.run(jobs, report)
             except Interrupted as stopped:
                 same = ["--out", str(directory)] if out is None else []
                 again = shlex.join([*ctx.find_root().meta.get("arguments", sys.argv[1:]), *same])
-                click.echo(f"Stopped; nothing is lost. To go on:\n  {_program(ctx)} {again}", err=True)
+                _say(f"Stopped; nothing is lost. To go on:\n  {_program(ctx)} {again}", err=True)
                 raise click.exceptions.Exit(128 + stopped.number) from None
         rows = sweep.table()
         if rows:
-            write_atomically(directory / "results.csv", sweeps.to_csv(rows))
+            write_atomically(directory / "results.csv", to_csv(rows))
             write_atomically(directory / "results.md", sweeps.to_markdown(rows))
             save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
-            click.echo(sweeps.to_markdown(rows), nl=False)
+            _say(sweeps.to_markdown(rows), nl=False)
         left = "results.csv, results.md and curves.png" if rows else "No run has finished"
-        click.echo(f"{left}: {directory}")
+        _say(f"{left}: {directory}")
         if failed:
             _fail(f"{len(failed)} of {len(plan.cells)} runs failed; see {directory / 'cells'}", EXIT_FAILED)
 
@@ -422,12 +428,12 @@ def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at
             write(directory, found)
         by_epoch = found if along else {None: found}
         if as_json:
-            click.echo((directory / "variance.json").read_text(), nl=False)
+            _say((directory / "variance.json").read_text(), nl=False)
         elif quiet:
-            click.echo(directory)
+            _say(directory)
         else:
-            click.echo("\n\n".join(table(comparison) for comparison in by_epoch.values()))
-            click.echo(f"variance.json, variance.csv and figures: {directory}")
+            _say("\n\n".join(table(comparison) for comparison in by_epoch.values()))
+            _say(f"variance.json, variance.csv and figures: {directory}")
 
 
 def _of_run(run: str, settings: dict[str, Any]) -> Config:
@@ -517,11 +523,11 @@ def _evaluate(
         found = examination.of_run(run, which=which, device=device, data_dir=data_dir)
         path = assessment.write(Path(run), found)
         if as_json:
-            click.echo(path.read_text(), nl=False)
+            _say(path.read_text(), nl=False)
         elif quiet:
-            click.echo(path)
+            _say(path)
         else:
-            click.echo(f"{assessment.table(found)}\n{path}")
+            _say(f"{assessment.table(found)}\n{path}")
 
 
 def _evaluate_options() -> list[click.Parameter]:
@@ -590,14 +596,14 @@ def _picture(run: str, out: str | None, dpi: int, cuda: bool, **settings: Any) -
     with _one_line_errors():
         path = pictures.path_for(run, name, out)
         pictures.save(getattr(pictures, name)(run, device=_device(cuda), **settings), path, dpi)
-        click.echo(path)
+        _say(path)
 
 
 def _curves(run: tuple[str, ...], out: str | None, dpi: int) -> None:
     with _one_line_errors():
         path = pictures.path_for(run[0], "curves" if len(run) == 1 else "curves-overlaid", out)
         pictures.save(pictures.curves(*run), path, dpi)
-        click.echo(path)
+        _say(path)
 
 
 def _side_by_side(run: tuple[str, ...], out: str | None, dpi: int, cuda: bool, **settings: Any) -> None:
@@ -606,10 +612,10 @@ def _side_by_side(run: tuple[str, ...], out: str | None, dpi: int, cuda: bool, *
         settings["device"] = _device(cuda)
         figure = pictures.side_by_side(*run, **settings)
         for name, error in pictures.reconstruction_errors(*run, **settings).items():
-            click.echo(f"{error:8.2f}  {name}")
-        click.echo("squared error of reconstruction per image")
+            _say(f"{error:8.2f}  {name}")
+        _say("squared error of reconstruction per image")
         pictures.save(figure, path, dpi)
-        click.echo(path)
+        _say(path)
 
 
 def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any) -> None:
@@ -620,7 +626,7 @@ def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any)
         if out is not None and path.exists() and not force:
             raise ValueError(f"expected out that is not there yet, or --force to replace it, got {path}")
         pictures.encode(run, device=_device(cuda), **settings).save(path)
-        click.echo(path)
+        _say(path)
 
 
 def _device(cuda: bool) -> str:
@@ -792,7 +798,7 @@ def _report(run: str, out: str | None, cuda: bool, data_dir: str | None) -> None
     with _one_line_errors():
         path = reports.path_for(run, out)
         reports.save(reports.report(run, data_dir=data_dir, device=_device(cuda)), path)
-        click.echo(path)
+        _say(path)
 
 
 report_command = click.Command(
@@ -822,9 +828,9 @@ def _list() -> None:
         "datasets": DATASETS,
     }
     for title, registry in registries.items():
-        click.echo(f"{title}:")
+        _say(f"{title}:")
         for name, entry in registry.items():
-            click.echo(f"  {name:<22}{inspect.getdoc(entry).splitlines()[0]}")
+            _say(f"  {name:<22}{inspect.getdoc(entry).splitlines()[0]}")
 
 
 list_command = click.Command("list", callback=_list, help=SUMMARIES["list"])

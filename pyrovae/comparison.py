@@ -1,9 +1,7 @@
 """Gradient estimators side by side: one row of measurements for each of them and each number of particles."""
 
 import copy
-import csv
 import dataclasses
-import io
 import math
 import statistics
 import time
@@ -22,6 +20,7 @@ from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Ren
 from pyrovae.evaluation import seeded
 from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.testbed import LinearGaussian
+from pyrovae.texts import to_csv
 from pyrovae.variance import BiasTest, GradientStats, Parts, check_bias, gradient_moments
 
 WARMUP = 200  # draws that a baseline is fitted to before it is held
@@ -138,12 +137,7 @@ class Comparison:
                 elif name != "by_parameter":
                     line[name] = value
             lines.append(line | {name: str(value) for name, value in self.settings.items()})
-        columns = list(dict.fromkeys(name for line in lines for name in line))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return text.getvalue()
+        return to_csv(lines)
 
 
 def parse(text: str) -> tuple[type[Estimator], dict[str, bool]]:

@@ -12,8 +12,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.comparison import Row
+from pyrovae.texts import in_figure, in_legend
 
 MAX_CLASSES = 20  # colours that can be told apart in a legend
+MAX_NAMED = 100  # runs that a legend names
 TERMS = {"elbo": "ELBO", "reconstruction": "reconstruction, E log p(x|z)", "kl": "KL(q(z|x) || p(z))"}
 
 
@@ -44,7 +46,8 @@ def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
     Args:
         histories: By the run's name in the legend, its rows of `metrics.jsonl`.
     """
-    figure = Figure(figsize=(13, max(3.6, 0.2 * len(histories) + 1)), layout="constrained")
+    named = min(len(histories), MAX_NAMED)
+    figure = Figure(figsize=(13, max(3.6, 0.2 * named + 1)), layout="constrained")
     figure.suptitle("solid: validation; dashed: training", fontsize="medium")
     every = figure.subplots(1, 3)
     for axes, (term, title) in zip(every, TERMS.items(), strict=True):
@@ -60,13 +63,15 @@ def overlaid_curves(histories: Mapping[str, Sequence[dict]]) -> Figure:
                 "color": colormaps["tab20"](2 * i % 20 + i // 10 % 2),
                 "marker": "o" if len(epochs) < 3 else None,
             }
-            axes.plot(epochs, [row[f"validation_{term}"] for row in history], label=name, **style)
+            axes.plot(epochs, [row[f"validation_{term}"] for row in history], label=in_legend(name), **style)
             axes.plot(epochs, [row[term] for row in history], linestyle="--", linewidth=0.8, **style)
         axes.set(title=title, xlabel="epoch", ylabel="nats per image")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _focus(axes, [row[f"{prefix}{term}"] for row in rows for prefix in ("", "validation_")])
     # Every run has a reconstruction, whatever else it has.
-    figure.legend(*every[1].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    handles, names = every[1].get_legend_handles_labels()
+    title = f"the first {named} of {len(names)} runs" if len(names) > named else None
+    figure.legend(handles[:named], names[:named], title=title, loc="outside right center", fontsize="small")
     return figure
 
 
@@ -107,12 +112,14 @@ def grid(
     wide = max(0.8 * columns, 0.08 * len(title))  # inches: room for the title
     figure = Figure(figsize=(wide, 0.8 * len(rows) * height / width + 0.3), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(in_figure(title), fontsize="medium")
     _show(axes, _canvas(rows))
     axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize="small")
-    axes.set_xticks([j * (width + 1) + width / 2 for j in range(len(column_names))], column_names)
-    axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(row_names))], row_names)
+    axes.set_xticks(
+        [j * (width + 1) + width / 2 for j in range(len(column_names))], map(in_figure, column_names)
+    )
+    axes.set_yticks([i * (height + 1) + height / 2 for i in range(len(row_names))], map(in_figure, row_names))
     if not (row_names or column_names):
         axes.set_axis_off()
     return figure
@@ -148,7 +155,7 @@ def manifold(
     names = [f"{quantiles[k]:.2f}" for k in shown]
     axes.set_xticks([(j + 0.5) * width for j in shown], names)
     axes.set_yticks([(side - i - 0.5) * height for i in shown], names)
-    axes.set(title=title, xlabel="quantile of z1", ylabel="quantile of z2")
+    axes.set(title=in_figure(title), xlabel="quantile of z1", ylabel="quantile of z2")
     return figure
 
 
@@ -177,7 +184,7 @@ def cloud(
     size = _scatter(axes, points, labels)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(title="class", markerscale=(30 / size) ** 0.5, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set(title=title, xlabel=names[0], ylabel=names[1])
+    axes.set(title=in_figure(title), xlabel=in_figure(names[0]), ylabel=in_figure(names[1]))
     axes.set_aspect("equal", adjustable="datalim")
     return figure
 
@@ -214,13 +221,15 @@ def side_by_side(
         axes = figure.add_subplot(spaces[0, i], xlim=(left, right), ylim=(bottom, top), aspect="equal")
         _scatter(axes, points, labels)
         _mark_prior(axes)
-        axes.set_title(f"{name}: codes\ndashed: one and two scales of p(z)", fontsize="medium")
+        axes.set_title(f"{in_figure(name)}: codes\ndashed: one and two scales of p(z)", fontsize="medium")
         decoded = figure.add_subplot(spaces[1, i])
         _show(decoded, _canvas(samples[i]))
         decoded.set_title("decoded from draws of p(z)", fontsize="medium")
         decoded.set_axis_off()
     bars = figure.add_subplot(spaces[2, :])
-    drawn = bars.barh(list(errors), list(errors.values()), color=[f"C{i}" for i in range(len(errors))])
+    drawn = bars.barh(
+        list(map(in_figure, errors)), list(errors.values()), color=[f"C{i}" for i in range(len(errors))]
+    )
     bars.bar_label(drawn, fmt="%.2f", padding=3)
     bars.invert_yaxis()
     bars.margins(x=0.12)
@@ -270,7 +279,7 @@ def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: st
         slopes: Of log SNR in log K, by estimator and "encoder" or "decoder".
     """
     figure = Figure(figsize=(13, 11), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(in_figure(title), fontsize="medium")
     (of_variance, of_work), (of_encoder, of_decoder), (of_layers, of_legend) = figure.subplots(3, 2)
     of_legend.set_axis_off()
     labels = list(dict.fromkeys(row.estimator for row in rows))
@@ -284,10 +293,10 @@ def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: st
         if own:  # a gradient without noise has no place on a logarithmic axis
             low, high = zip(*(row.tr_cov_interval for row in own), strict=True)
             of_variance.fill_between(particles, low, high, color=styles[label]["color"], alpha=0.2, linewidth=0)
-        of_variance.plot(particles, [row.tr_cov for row in own], label=label, **styles[label])
+        of_variance.plot(particles, [row.tr_cov for row in own], label=in_legend(label), **styles[label])
         for axes, group in ((of_encoder, "encoder"), (of_decoder, "decoder")):
             slope = slopes.get(label, {}).get(group)
-            name = None if slope is None else f"{label}: slope {slope:+.2f}"
+            name = None if slope is None else f"{in_legend(label)}: slope {slope:+.2f}"
             ratios = [max(getattr(row, f"snr_{group}"), row.noise_floor / 10) for row in own]
             axes.plot(particles, ratios, label=name, **styles[label])
     of_variance.set(title="tr Cov of the gradient, all parameters", ylabel="tr Cov")
@@ -323,7 +332,7 @@ def _work_bars(axes: Axes, rows: Sequence[Row], labels: Sequence[str], styles: d
                 color=styles[row.estimator]["color"],
                 alpha=1 - 0.7 * rank / len(particles),
             )
-    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.set_yticks(range(len(labels)), map(in_figure, labels), fontsize="small")
     axes.invert_yaxis()
     axes.set(
         xscale="log" if any(row.work > 0 for row in rows) else "linear",
@@ -343,8 +352,8 @@ def _layer_map(axes: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
     finite = values[np.isfinite(values)]
     low, top = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=max(low, top - 8), vmax=top)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
-    axes.set_yticks(range(len(chosen)), [row.estimator for row in chosen], fontsize="small")
+    axes.set_xticks(range(len(names)), map(in_figure, names), rotation=90, fontsize="xx-small")
+    axes.set_yticks(range(len(chosen)), [in_figure(row.estimator) for row in chosen], fontsize="small")
     axes.set_title(f"log10 tr Cov by parameter, K = {common}")
     axes.figure.colorbar(image, ax=axes)
 
@@ -360,7 +369,7 @@ def variance_over_training(rows: dict[int, Sequence[Row]], title: str = "") -> F
     labels = list(dict.fromkeys(label for label, _ in keys))
     particles = sorted({k for _, k in keys})
     figure = Figure(figsize=(4.5 * len(particles) + 2, 4.5), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(in_figure(title), fontsize="medium")
     every = figure.subplots(1, len(particles), sharey=True, squeeze=False)[0]
     for axes, k in zip(every, particles, strict=True):
         for label in (label for label, own in keys if own == k):
@@ -370,7 +379,14 @@ def variance_over_training(rows: dict[int, Sequence[Row]], title: str = "") -> F
             colour = colormaps["tab20"](i % 20)
             axes.fill_between(list(found), low, high, color=colour, alpha=0.2, linewidth=0)
             values = [row.tr_cov for row in found.values()]
-            axes.plot(list(found), values, label=label, color=colour, marker="osD^v<>P*X"[i % 10], markersize=5)
+            axes.plot(
+                list(found),
+                values,
+                label=in_legend(label),
+                color=colour,
+                marker="osD^v<>P*X"[i % 10],
+                markersize=5,
+            )
         axes.set(title=f"K = {k}", xlabel="epoch", yscale="log")
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(epochs[0] - 0.2, epochs[-1] * 1.3 + 0.2)

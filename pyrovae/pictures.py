@@ -48,6 +48,8 @@ SPLITS = ("train", "validation", "test", "all")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf", ".eps")
 BATCH = 100  # images or codes that go through a VAE at once
 MOST = 50  # images along a side of a picture
+VECTORS = (".svg", ".pdf", ".eps")  # the suffixes of pictures that are not made of pixels
+MOST_PIXELS = 100_000_000
 
 
 def reconstruct(
@@ -508,8 +510,14 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     """Writes a picture, in place of any that is there, and makes the folders that it needs.
 
     Raises:
-        ValueError: It cannot be written there.
+        ValueError: It cannot be written there, or has more than MOST_PIXELS.
     """
+    width, height = figure.get_size_inches()
+    if path.suffix.lower() not in VECTORS and width * height * dpi**2 > MOST_PIXELS:
+        raise ValueError(
+            f"expected dpi for a picture of at most {MOST_PIXELS:,} pixels, got {dpi}, which makes "
+            f"{width * dpi:,.0f} x {height * dpi:,.0f}: lower it, or save as .pdf or .svg"
+        )
     with writing(path):
         save_figure(figure, path, dpi)
 

@@ -24,6 +24,7 @@ from pyrovae.checkpoints import Row, load_checkpoint
 from pyrovae.comparison import Comparison
 from pyrovae.config import Config, flag, spelled
 from pyrovae.data import DATASETS
+from pyrovae.texts import printable
 from pyrovae.vae import VAE
 from pyrovae.whole_files import write_atomically
 
@@ -135,7 +136,13 @@ def report(run: str | Path, *, data_dir: str | Path | None = None, device: str =
         '<!DOCTYPE html>'
     """
     subject = _read(Path(run), data_dir, device)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     template = environment.from_string((files("pyrovae") / "report.html").read_text(encoding="utf-8"))
     sections = [section for make in SECTIONS if (section := make(subject))]
     return template.render(name=subject.run.resolve().name, lead=_lead(subject.config), sections=sections)

@@ -35,6 +35,7 @@ from pyrovae.whole_files import clear_temporary, is_new, save_figure, write_atom
 PICTURED = 20  # images in a figure of reconstructions or samples
 ENCODED = 5000  # images at a time
 LAST_FIGURE = "curves"  # the last that is drawn: with it a finished run is complete
+MOST_ROWS = 50  # classes in a figure of samples
 GRID_SIDE = 20  # decoded points per side of the manifold
 # On resuming; the data only in place.
 MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
@@ -385,8 +386,8 @@ def _is_drawn(directory: Path, name: str) -> bool:
 def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:
     """The expected images of draws from the prior, as square a grid of n as there is.
 
-    Of a conditional VAE and no label, a row for each class instead, of n images in all or as few more
-    as make rows of one length; a column has one z.
+    Of a conditional VAE and no label, a row for each class instead (for each of the first MOST_ROWS), of n
+    images in all or as few more as make rows of one length; a column has one z.
     """
     if not vae.classes or label is not None:
         labels = None if label is None else torch.tensor([label])
@@ -397,7 +398,10 @@ def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) 
         ]
         given = "z" if label is None else f"z, y = {label}"
         return figures.grid(rows, f"E[x|{given}] for z from the prior")
-    z = vae.draw(math.ceil(n / vae.classes), seed=seed)
-    rows = [list(vae.decode(z, torch.full((len(z),), y)).cpu()) for y in range(vae.classes)]
+    shown = min(vae.classes, MOST_ROWS)
+    z = vae.draw(math.ceil(n / shown), seed=seed)
+    rows = [list(vae.decode(z, torch.full((len(z),), y)).cpu()) for y in range(shown)]
     title = "E[x|z, y]: a class y in each row, a z from the prior in each column"
-    return figures.grid(rows, title, row_names=[str(y) for y in range(vae.classes)])
+    if shown < vae.classes:
+        title += f"; the first {shown} of {vae.classes:,} classes"
+    return figures.grid(rows, title, row_names=[str(y) for y in range(shown)])

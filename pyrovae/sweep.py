@@ -8,8 +8,6 @@ results.csv     the table: mean and spread over seeds; results.md the same for r
 curves.png      validation ELBO of all runs over epochs
 """
 
-import csv
-import io
 import itertools
 import json
 import os
@@ -30,6 +28,7 @@ from pyrovae.config import Config
 from pyrovae.processes import Processes
 from pyrovae.runs import is_complete
 from pyrovae.signals import DeferredSignals, Interrupted
+from pyrovae.texts import in_markdown
 from pyrovae.whole_files import clear_temporary, is_new, write_atomically
 
 if sys.version_info >= (3, 11):
@@ -259,16 +258,6 @@ class Sweep:
         return {name: rows for name, rows in found.items() if rows}
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table with a line of names."""
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table for reading: mean, and the spread over seeds behind it, in nats per image."""
     shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
@@ -277,7 +266,7 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines = [[*plain, *(METRICS[metric] for metric in shown)]]
     for row in rows:
-        cells = [str(row.get(name, "")) for name in plain]
+        cells = [in_markdown(str(row.get(name, ""))) for name in plain]
         for metric in shown:
             mean, spread = row[metric], row[f"{metric}_spread"]
             cells.append(

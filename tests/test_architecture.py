@@ -13,7 +13,7 @@ from pyrovae.data import DATASETS
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"buffers", "files", "folders", "inputs", "locks", "pareto", "processes", "versions"},
+    {"buffers", "files", "folders", "inputs", "locks", "pareto", "processes", "texts", "versions"},
     {"whole_files"},
     {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
     {"guides", "testbed"},
