@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Shaped
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
@@ -27,7 +27,7 @@ def antithetic_pairs(fn: Distribution) -> Tensor:
     Raises:
         NoMirrorImage: It is not known how to mirror the noise of this distribution.
     """
-    fn = without_events(fn)
+    fn = innermost(fn)
     if isinstance(fn, Delta):
         return fn.rsample()
     if isinstance(fn, TransformedDistribution):
@@ -50,9 +50,9 @@ def antithetic_pairs(fn: Distribution) -> Tensor:
     raise NoMirrorImage(f"expected a guide whose noise can be mirrored for antithetic pairs, got {fn}")
 
 
-def without_events(fn: Distribution) -> Distribution:
-    """The distribution that `.to_event` was called on."""
-    return without_events(fn.base_dist) if isinstance(fn, Independent) else fn
+def innermost(fn: Distribution) -> Distribution:
+    """The distribution below event dimensions and masks, which do not change how it is sampled."""
+    return innermost(fn.base_dist) if isinstance(fn, Independent | MaskedDistribution) else fn
 
 
 def _interleave(even: Shaped[Tensor, "half ..."], odd: Shaped[Tensor, "half ..."]) -> Shaped[Tensor, "K ..."]:

@@ -26,6 +26,7 @@ from pyrovae.estimators.traces import (
     sample_sites,
     traced,
 )
+from pyrovae.estimators.weights import check_weights
 
 _COLLISION = re.compile(f'plates "(.+)" and "{PARTICLES}", collide at dim=(-[0-9]+)')
 
@@ -174,23 +175,8 @@ class Estimator(ELBO, abc.ABC):
         ):
             draws = draws.jointly()
         if self.importance_weighted:
-            self._check_weights(draws)
+            check_weights(draws, type(self).__name__)
         return draws
-
-    def _check_weights(self, draws: Draws) -> None:
-        name = type(self).__name__
-        if draws.is_scaled:
-            raise ValueError(f"expected beta = 1 for {name}: another makes its weights no importance weights")
-        if draws.is_partial:
-            raise ValueError(
-                f"expected no subsampling for {name} where data depend on each other by a site outside their "
-                "plate: importance weights are then those of all data, which a part of them does not give"
-            )
-        for site, (in_model, in_guide) in draws.moved_sites.items():
-            raise ValueError(
-                f"expected site {site!r} in the same plates in model and guide for {name}, got {in_model} in "
-                f"the model and {in_guide} in the guide: give the plate over the data one name"
-            )
 
     def _sampled(self, guide: Program) -> tuple[poutine.Trace, Gates]:
         """A trace of the guide, and the gates between its sites."""

@@ -12,10 +12,18 @@ import torch
 from jaxtyping import Float, Shaped
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
-from torch.distributions import kl_divergence
 
-from pyrovae.estimators.layout import Layout, Site, plate_scale, plates_of
-from pyrovae.estimators.traces import Gates, Program, replaced, replayed, sample_sites
+from pyrovae.estimators.kl import ClosedForm, SiteKL, closed_forms
+from pyrovae.estimators.layout import Layout, Site, check_one_plate, plates_of
+from pyrovae.estimators.traces import (
+    Gates,
+    Program,
+    masked_outside,
+    replaced,
+    replayed,
+    sample_sites,
+    unmasked,
+)
 
 
 class Draws:
@@ -57,38 +65,17 @@ class Draws:
         self.observed_sites = {n: s for n, s in self._in_model.items() if s["is_observed"]}
         self.model_sites = {n: s for n, s in self._in_model.items() if not s["is_observed"]}
         self._validate()
-        self.layout = Layout(self._all_sites(), num_particles, joint=joint)
+        self.layout = Layout(self.all_sites(), num_particles, joint=joint)
         self.batch_size, self.subsampling = self.layout.batch_size, self.layout.subsampling
 
-    def _all_sites(self) -> list[Site]:
+    def all_sites(self) -> list[Site]:
+        """The latent sites of the guide, then all of the model."""
         return [*self.guide_sites.values(), *self._in_model.values()]
 
     def jointly(self) -> "Draws":
         """The same particles with all data taken as a single datum."""
         traces = self.model_trace, self.guide_trace
         return Draws(*traces, self.num_particles, self.model, self.gates, joint=True)
-
-    @property
-    def is_scaled(self) -> bool:
-        """Whether a site has a weight (beta) other than 1, so that log_weight is no importance weight."""
-        return any(site["scale"] != plate_scale(site) for site in self._all_sites())
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a part of a datum is left out, so that its log_weight is no importance weight."""
-        return any(
-            plate_scale(site) != (self.subsampling if self.layout.is_inside(site) else 1)
-            for site in self._all_sites()
-        )
-
-    @property
-    def moved_sites(self) -> dict[str, tuple[list[str], list[str]]]:
-        """The plates, in the model and in the guide, of latent sites where these are not the same."""
-        places = {
-            name: (_plate_names(self.model_sites[name]), _plate_names(self.guide_sites[name]))
-            for name in self.guide_sites
-        }
-        return {name: place for name, place in places.items() if place[0] != place[1]}
 
     @cached_property
     def ties_data(self) -> bool:
@@ -138,6 +125,11 @@ class Draws:
         return self._sum(self.observed_sites.values())
 
     @cached_property
+    def log_lik_outside(self) -> Float[Tensor, "K B"]:
+        """The share in log p(x|z) of observed sites outside the data's plates."""
+        return self._sum(site for site in self.observed_sites.values() if not self.layout.is_inside(site))
+
+    @cached_property
     def log_prior(self) -> Float[Tensor, "K B"]:
         """log p(z)."""
         return self._sum(self.model_sites.values())
@@ -159,23 +151,32 @@ class Draws:
 
     @cached_property
     def observations(self) -> Float[Tensor, "B D"]:
-        """All observed numbers of each datum in a row."""
+        """All observed numbers of each datum in a row; D = 0 where the model observes factors alone.
+
+        A value that is computed for each particle is no observation of a datum.
+        """
         parts = [
             self.layout.numbers(site).to(self.log_lik.dtype)
             for site in self.observed_sites.values()
-            if self.layout.is_inside(site) and site["value"].numel()
+            if self.layout.is_inside(site) and site["value"].numel() and not self.layout.is_for_particles(site)
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat([self.log_lik.new_empty(self.batch_size, 0), *parts], dim=1)
 
     @cached_property
     def score(self) -> Float[Tensor, "K B"]:
-        """s = log q(z|x) with z held fixed, without beta: its gradient is the score of the guide.
+        """s = log q(z|x) with z held fixed, without beta and masks: its gradient is the score of the guide.
 
         Sites outside the data's plates are left out: `scored` has them.
         """
-        return self._score(inside=True)
+        return self._score(site for site in self.guide_sites.values() if self.layout.is_inside(site))
 
-    def scored(self, signal: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
+    def scored(
+        self,
+        signal: Float[Tensor, "K B"],
+        *,
+        later: dict[str, Float[Tensor, "K B"]] | None = None,
+        outside: Float[Tensor, "K B"] | None = None,
+    ) -> Float[Tensor, "K B"]:
         """The surrogate of score-function gradients: each latent site's score times what the site influences.
 
         For a site outside the data's plates that is the signal of all data. For one inside it is its datum's
@@ -183,20 +184,36 @@ class Draws:
         outside that come after it.
 
         Args:
-            signal: What the gradient is to raise, per datum, in nats, without gradient.
+            signal: What the gradient is to raise, per datum, in nats.
+            later: For each latent site, what else it influences.
+            outside: The share in the signal of sites outside the data's plates; None for that of log p(x, z)
+                - log q(z|x).
         """
         of_guide = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
         of_model = [site for site in self._in_model.values() if not self.layout.is_inside(site)]
-        if not of_guide and not of_model:
-            return signal * self.score
+        if later is None and not of_guide and not of_model:
+            return signal.detach() * self.score
+        if outside is None:
+            outside = self._sum(of_model) - self._sum(of_guide)
         late = self.batch_size * self._sum(self._after_latents(self._in_model))
-        influenced = signal - (self._sum(of_model) - self._sum(of_guide) - late).detach()
-        signal_of_all = self.subsampling * signal.sum(1, keepdim=True)
-        return influenced * self.score + signal_of_all * self._score(inside=False)
+        terms = []
+        for name, site in self.guide_sites.items():
+            influenced = signal if later is None else signal + later[name]
+            if self.layout.is_inside(site):
+                influenced = influenced - outside + late
+            else:
+                influenced = self.subsampling * influenced.sum(1, keepdim=True)
+            terms.append(influenced.detach() * self._score([site]))
+        return torch.stack(terms).sum(0)
 
-    def _score(self, inside: bool) -> Float[Tensor, "K B"]:
-        sites = [site for site in self.guide_sites.values() if self.layout.is_inside(site) == inside]
-        return self._sum([site | {"value": site["value"].detach()} for site in sites], scaled=False)
+    def _score(self, sites: Iterable[Site]) -> Float[Tensor, "K B"]:
+        return self._sum(
+            [
+                site | {"value": site["value"].detach(), "fn": unmasked(site["fn"]), "mask": None}
+                for site in sites
+            ],
+            scaled=False,
+        )
 
     @cached_property
     def log_guide_fixed(self) -> Float[Tensor, "K B"]:
@@ -247,7 +264,7 @@ class Draws:
             ValueError: It does not.
         """
         harmless = set(self.observed_sites) - {site["name"] for site in self._after_latents(self._in_model)}
-        sites = [site for site in self._all_sites() if site["name"] not in harmless or plates_of(site)]
+        sites = [site for site in self.all_sites() if site["name"] not in harmless or plates_of(site)]
         check_one_plate(sites, name)
 
     def at(self, values: Shaped[Tensor, "M ..."]) -> "Draws":
@@ -265,24 +282,26 @@ class Draws:
         return Draws(replayed(self.model, guide_trace, len(values)), guide_trace, len(values), self.model)
 
     @cached_property
-    def kl(self) -> Float[Tensor, "K B"]:
-        """KL(q(z|x) || p(z)) in closed form, given the particle's earlier sites.
+    def closed_forms(self) -> dict[str, ClosedForm]:
+        """For each latent site, its KL in closed form and where it may be used."""
+        return closed_forms(self.model_sites, self.guide_sites)
 
-        Raises:
-            ValueError: No closed form is known for a pair of distributions.
-        """
-        return torch.stack([self._site_kl(name) for name in self.guide_sites]).sum(0)
+    @cached_property
+    def kls(self) -> dict[str, SiteKL]:
+        """What each latent site adds to KL(q(z|x) || p(z)), in closed form where it may be used."""
+        return {name: self._site_kl(name, form) for name, form in self.closed_forms.items()}
 
-    def _site_kl(self, name: str) -> Float[Tensor, "K B"]:
+    def _site_kl(self, name: str, form: ClosedForm) -> SiteKL:
         model_site, guide_site = self.model_sites[name], self.guide_sites[name]
-        try:
-            kl = kl_divergence(guide_site["fn"], model_site["fn"])
-        except NotImplementedError:
-            raise ValueError(
-                f"expected a closed-form KL(q || p) at site {name!r}, got none for "
-                f"{guide_site['fn']} and {model_site['fn']}: use the estimator 'elbo'"
-            ) from None
-        return self._scaled(kl, model_site)
+        closed = log_guide = log_prior = 0.0
+        if form.where is not False:
+            closed = self._scaled(form.kl, masked_outside(model_site, form.where))
+        if form.where is not True:
+            elsewhere = ~form.where if isinstance(form.where, Tensor) else True
+            log_guide, log_prior = (
+                self._log_prob(masked_outside(site, elsewhere)) for site in (guide_site, model_site)
+            )
+        return SiteKL(closed, log_guide, log_prior)
 
     def _sum(self, sites: Iterable[Site], scaled: bool = True) -> Float[Tensor, "K B"]:
         terms = [self._log_prob(site, scaled) for site in sites]
@@ -290,7 +309,7 @@ class Draws:
             return self.log_lik.new_zeros(self.num_particles, self.batch_size)
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
-    def _log_prob(self, site: Site, scaled: bool) -> Float[Tensor, "K B"]:
+    def _log_prob(self, site: Site, scaled: bool = True) -> Float[Tensor, "K B"]:
         try:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
         except (NotImplementedError, KeyError):
@@ -305,26 +324,3 @@ class Draws:
         if scaled and self.subsampling != 1 and self.layout.is_inside(site):
             scale = scale / self.subsampling
         return self.layout.rows(scale_and_mask(value, scale, site["mask"]), site)
-
-
-def check_one_plate(sites: Iterable[Site], name: str) -> None:
-    """Checks that sites are in one plate, at dim -1, as the estimator of this name needs it.
-
-    Raises:
-        ValueError: They are not.
-    """
-    names = set()
-    for site in sites:
-        plates = {plate.name: plate.dim for plate in plates_of(site)}
-        if list(plates.values()) != [-1]:
-            raise ValueError(
-                f"expected site {site['name']!r} in one plate, over the data, at dim -1, for {name}, got "
-                f"{f'plates {plates}' if plates else 'none'}: use the estimator 'elbo' or 'rloo'"
-            )
-        names |= plates.keys()
-    if len(names) > 1:
-        raise ValueError(f"expected one plate, over the data, for {name}, got {sorted(names)}")
-
-
-def _plate_names(site: Site) -> list[str]:
-    return sorted(plate.name for plate in plates_of(site))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
@@ -106,10 +106,19 @@ class Layout:
         shape = [self.num_particles, *sizes][self.depth + 1 - batch_dims :]
         return rows.reshape(*shape, *[1] * site["fn"].event_dim)
 
-    def numbers(self, site: Site) -> Float[Tensor, "B D"]:
+    def is_for_particles(self, site: Site) -> bool:
+        """Whether a site's value is another one for each particle."""
+        dims = site["value"].dim() - len(site["fn"].event_shape)
+        particles = -self.depth - 1 - len(site["fn"].event_shape)
+        return dims > self.depth and site["value"].shape[particles] > 1 and site["value"].stride(particles) != 0
+
+    def numbers(self, site: Site) -> Shaped[Tensor, "B D"]:
         """The numbers that a site inside the plates holds for each datum, whatever their order, in a row."""
         event = site["fn"].event_shape
-        value = site["value"].expand(*self.shape(site), *event)
+        value = site["value"]
+        while value.dim() > self.depth + len(event):  # of the particles, which all have one value
+            value = value[0]
+        value = value.expand(*self.shape(site), *event)
         first = [dim - len(event) for dim in self._kept]
         return value.movedim(first, [*range(len(first))]).reshape(self.batch_size, -1)
 
@@ -125,6 +134,25 @@ def plate_scale(site: Site) -> float:
     for frame in reversed(site["cond_indep_stack"]):  # in Pyro's order, for the same rounding
         scale = scale * _full_size(frame) / frame.size
     return scale
+
+
+def check_one_plate(sites: Iterable[Site], name: str) -> None:
+    """Checks that sites are in one plate, at dim -1, as the estimator of this name needs it.
+
+    Raises:
+        ValueError: They are not.
+    """
+    names = set()
+    for site in sites:
+        plates = {plate.name: plate.dim for plate in plates_of(site)}
+        if list(plates.values()) != [-1]:
+            raise ValueError(
+                f"expected site {site['name']!r} in one plate, over the data, at dim -1, for {name}, got "
+                f"{f'plates {plates}' if plates else 'none'}: use the estimator 'elbo' or 'rloo'"
+            )
+        names |= plates.keys()
+    if len(names) > 1:
+        raise ValueError(f"expected one plate, over the data, for {name}, got {sorted(names)}")
 
 
 def too_deep(plate: str, dim: int, needed: int) -> str:

@@ -1,14 +1,16 @@
 """The evidence lower bound (ELBO): its pathwise gradients, and what needs no baseline."""
 
 import math
+import warnings
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 
 from pyrovae.buffers import kept_buffers
+from pyrovae.estimators.antithetic import innermost
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.draws import Draws
 
@@ -32,20 +34,44 @@ class Elbo(Estimator):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         if self.use_rep:
             return draws.log_weight.mean(0)
-        return (draws.log_joint + draws.scored(draws.log_weight.detach())).mean(0)
+        return (draws.log_joint + draws.scored(draws.log_weight)).mean(0)
 
 
 class AnalyticKL(Estimator):
     """The ELBO with its KL in closed form: the mean of log p(x|z), less KL(q(z|x) || p(z)).
 
     Auto-Encoding Variational Bayes, Kingma & Welling, 2014, https://arxiv.org/abs/1312.6114, eq. 7
-    (eq. 10 for the Gaussian case). Without `use_rep`, the reconstruction's gradient is estimated by
-    the score function and the KL's stays exact.
+    (eq. 10 for the Gaussian case). Of several latent sites, each adds the KL of its distributions given the
+    particle's other samples. A site without a closed form that is right there, as where the model samples
+    earlier what the guide samples later, or where the two scale or mask it differently, adds
+    log q(z|x) - log p(z) of its sample instead, as in `Elbo`, with a warning.
+
+    Without `use_rep`, each site's score is multiplied by what the site influences: log p(x|z), and the KL of
+    the sites that the guide samples later.
+
+    Raises:
+        ValueError: On use, where no site has such a closed form.
+
+    Warns:
+        UserWarning: On use, where a site has none.
 
     Example:
         >>> AnalyticKL().use_rep
         True
     """
+
+    def draws(self, model, guide, *args, **kwargs) -> Draws:
+        draws = super().draws(model, guide, *args, **kwargs)
+        reasons = {name: form.reason for name, form in draws.closed_forms.items() if form.reason}
+        if all(form.where is False for form in draws.closed_forms.values()):
+            site, reason = next(iter(reasons.items()))
+            raise ValueError(
+                f"expected a closed-form KL(q || p) at site {site!r}, got none that is right, since {reason}: "
+                "use the estimator 'elbo'"
+            )
+        for site, reason in reasons.items():
+            warnings.warn(f"the KL at site {site!r} is taken from samples, since {reason}", stacklevel=2)
+        return draws
 
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
         return draws.log_lik.mean(0) - self.kl(draws)
@@ -53,10 +79,20 @@ class AnalyticKL(Estimator):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         if self.use_rep:
             return self.bound(draws)
-        return (draws.log_lik + draws.scored(draws.log_lik.detach())).mean(0) - self.kl(draws)
+        signal, explicit, outside = draws.log_lik, draws.log_lik, draws.log_lik_outside
+        for name, kl in draws.kls.items():
+            signal = signal + (kl.log_prior - kl.log_guide)
+            explicit = explicit + (kl.log_prior - kl.closed)
+            if not draws.layout.is_inside(draws.guide_sites[name]):
+                outside = outside + (kl.log_prior - kl.log_guide)
+        later, so_far = {}, torch.zeros_like(signal)
+        for name, kl in reversed(draws.kls.items()):
+            later[name] = so_far
+            so_far = so_far - kl.closed
+        return (explicit + draws.scored(signal, later=later, outside=outside)).mean(0)
 
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
-        return draws.kl.mean(0)
+        return torch.stack([kl.value for kl in draws.kls.values()]).sum(0).mean(0)
 
 
 class StickingTheLanding(Elbo):
@@ -146,7 +182,7 @@ class MeasureValued(Elbo):
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         draws.check_separate("MeasureValued")
         (site,) = draws.guide_sites.values() if len(draws.guide_sites) == 1 else [None]
-        q = site and (site["fn"].base_dist if isinstance(site["fn"], Independent) else site["fn"])
+        q = site and innermost(site["fn"])
         if not isinstance(q, Normal):
             raise ValueError(
                 "expected a Gaussian guide with diagonal covariance at one site for MeasureValued, got "

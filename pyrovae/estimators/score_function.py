@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
-from pyrovae.estimators.antithetic import without_events
-from pyrovae.estimators.draws import Draws, check_one_plate
-from pyrovae.estimators.layout import Site
+from pyrovae.estimators.antithetic import innermost
+from pyrovae.estimators.draws import Draws
+from pyrovae.estimators.layout import Site, check_one_plate
 from pyrovae.estimators.pathwise import Elbo
 from pyrovae.estimators.traces import replaced, sample_sites
 
@@ -27,8 +27,7 @@ class Baselined(Elbo, abc.ABC):
         """b, in nats: for each particle, whatever does not depend on that particle."""
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
-        signal = (draws.log_weight - self.baseline(draws)).detach()
-        return (draws.log_joint + draws.scored(signal)).mean(0)
+        return (draws.log_joint + draws.scored(draws.log_weight - self.baseline(draws))).mean(0)
 
 
 class Rloo(Baselined):
@@ -105,7 +104,8 @@ class LearnedBaseline(Baselined):
         hidden: g's hidden units.
 
     Raises:
-        ValueError: On use, where a datum has another size than those that it was fitted to.
+        ValueError: On use, where a datum has another size than those that it was fitted to, or has no
+            numbers: values that are computed for each particle, and factors, are none.
 
     Example:
         >>> LearnedBaseline().use_rep
@@ -153,6 +153,11 @@ class LearnedBaseline(Baselined):
         return self.network(x).squeeze(-1)
 
     def _build(self, in_features: int, like: Tensor) -> None:
+        if not in_features:
+            raise ValueError(
+                "expected data for a learned baseline, got a model that observes no number of each datum: use "
+                "the estimator 'running-mean'"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             layers = nn.Linear(in_features, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)
@@ -271,7 +276,7 @@ def leave_one_out_mean(f: Float[Tensor, "K B"]) -> Float[Tensor, "K B"]:
 
 def bernoulli_site(guide_sites: dict[str, Site], name: str) -> tuple[Site, Bernoulli]:
     """The one latent site, and its Bernoulli without its event dimensions."""
-    families = {site: without_events(guide_sites[site]["fn"]) for site in guide_sites}
+    families = {site: innermost(guide_sites[site]["fn"]) for site in guide_sites}
     if [isinstance(q, Bernoulli) for q in families.values()] != [True]:
         got = {site: guide_sites[site]["fn"] for site in guide_sites}
         raise ValueError(f"expected a Bernoulli guide at one site for {name}, got {got}")

@@ -7,12 +7,13 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
-from pyrovae.estimators.antithetic import without_events
+from pyrovae.estimators.antithetic import innermost
 from pyrovae.estimators.layout import PARTICLES, Site
 
 Program = Callable[[], Any]  # a model or a guide with its arguments
@@ -104,5 +105,34 @@ def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 def point_masses(guide_trace: poutine.Trace) -> list[str]:
     """The guide's sites that put all their mass on a point, and bring no density of their own."""
-    bases = {name: without_events(site["fn"]) for name, site in sample_sites(guide_trace).items()}
+    bases = {name: innermost(site["fn"]) for name, site in sample_sites(guide_trace).items()}
     return [n for n, q in bases.items() if isinstance(q, Delta) and not q.log_density.requires_grad]
+
+
+def masked_outside(site: Site, mask: Tensor | bool | None = None) -> Site:
+    """The site with its distribution's own mask, and a further one, as part of the mask around the site."""
+    fn, masks = site["fn"], [site["mask"], mask]
+    if isinstance(fn, MaskedDistribution):
+        fn, masks = fn.base_dist, [*masks, fn._mask]
+    masks = [mask for mask in masks if mask is not None and mask is not True]
+    together = None
+    for mask in masks:
+        together = mask if together is None else together & mask
+    return site | {"fn": fn, "mask": together}
+
+
+def unmasked(fn: Distribution) -> Distribution:
+    """The distribution that all values are drawn from, also those that a mask leaves out of the density."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, Independent) and (base := unmasked(fn.base_dist)) is not fn.base_dist:
+        return base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def known(condition: Tensor | bool) -> bool | None:
+    """Whether a condition holds everywhere; None while a graph is traced, where tensors have no values."""
+    if isinstance(condition, bool):
+        return condition
+    everywhere = condition.all()
+    return bool(everywhere) if type(everywhere) is Tensor else None
