@@ -38,6 +38,7 @@ from benchmarks.mutations import Mutation, mutations
 
 # Each module's own tests, those that say most of it first.
 JUDGES = {
+    "annealing": ("evidence",),
     "buffers": ("run_once",),
     "checkpoints": ("training", "whole_files", "config", "pyro_traps"),
     "comparison": ("comparison", "laboratory"),
@@ -59,10 +60,12 @@ JUDGES = {
     "inputs": ("inputs", "vae", "conditional"),
     "likelihoods": ("likelihoods", "vae", "evaluation"),
     "networks": ("networks", "conditional", "vae"),
+    "pareto": ("weights", "evidence"),
     "per_draw": ("per_draw", "variance"),
     "training": ("training", "autoencoder", "conditional"),
     "vae": ("vae", "conditional", "guides", "autoencoder"),
     "variance": ("variance", "laboratory", "comparison"),
+    "weights": ("weights", "evidence", "evaluation"),
     "whole_files": ("whole_files", "training"),
 }
 DOCUMENTATION = "tests/test_docs.py"  # examples in docstrings judge every module

@@ -28,17 +28,26 @@ from pyrovae.evaluation import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evidence import Evidence, Progress, annealed, importance_weighted, naive, seeded
+from pyrovae.evidence import (
+    Bidirectional,
+    Progress,
+    annealed,
+    bidirectional,
+    importance_weighted,
+    naive,
+    seeded,
+)
+from pyrovae.pareto import FEWEST_WEIGHTS, threshold
 from pyrovae.runs import VERSIONS, RunError, load, read_config, same_data
 from pyrovae.vae import VAE
 from pyrovae.versions import recorded
+from pyrovae.weights import Evidence
 from pyrovae.whole_files import write_atomically
 
 MADE_WITH = (*VERSIONS, "scikit-learn")
 PROBED = 10_000  # training latents that the probes are fitted on, at most
 ENCODED = 1000  # images at a time
 FEW = 0.5  # a smaller fraction of active units is called a partial collapse
-POOR = 10  # an effective sample size below which log p(x) by importance sampling is not to be trusted
 
 
 @dataclass(frozen=True)
@@ -57,25 +66,46 @@ class Average:
 
 @dataclass(frozen=True)
 class Weighing:
-    """An estimate of log p(x), in nats per image.
+    """An estimate of log p(x), in nats per image; see `Evidence` for what its parts mean.
 
     Attributes:
-        error: The standard error that one image's estimate has from its particles, averaged.
+        error: The standard error that one image's estimate has from its particles, averaged; None for one
+            particle.
+        below, above: How far 95 % intervals of one image's log p(x) reach to both sides of the estimate,
+            averaged; None where there is no limit.
         effective_sample_size: Of the particles or chains, averaged.
         least_effective_sample_size: That of the worst image.
+        pareto_k: Pareto k-hat of the worst image; None with fewer than 100 particles, and where it is infinite.
+        unreliable: The number of images whose estimate is not to be trusted.
     """
 
     log_evidence: Average
-    error: float
+    error: float | None
+    below: float | None
+    above: float | None
     effective_sample_size: float
     least_effective_sample_size: float
+    pareto_k: float | None
+    unreliable: int
 
     @classmethod
     def of(cls, evidence: Evidence) -> "Weighing":
         """The averages of an estimate."""
-        effective = evidence.effective_sample_size
-        numbers = evidence.error.mean(), effective.mean(), effective.min()
-        return cls(Average.of(evidence.log_evidence), *(number.item() for number in numbers))
+        effective, (lower, upper) = evidence.effective_sample_size, evidence.interval
+        return cls(
+            Average.of(evidence.log_evidence),
+            error=_finite(evidence.error.mean()),
+            below=_finite((evidence.log_evidence - lower).mean()),
+            above=_finite((upper - evidence.log_evidence).mean()),
+            effective_sample_size=effective.mean().item(),
+            least_effective_sample_size=effective.min().item(),
+            pareto_k=_finite(evidence.pareto_k.max()),
+            unreliable=int((~evidence.reliable).sum()),
+        )
+
+
+def _finite(value: Float[Tensor, ""]) -> float | None:
+    return value.item() if value.isfinite() else None
 
 
 @dataclass(frozen=True)
@@ -94,6 +124,26 @@ class Annealing:
         """Of the images that `tight` is of, which are the first of the others."""
         others = weighted.log_evidence, unguided.log_evidence, elbo
         return cls(Weighing.of(tight), *(Average.of(each[: len(tight.log_evidence)]) for each in others))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of log p(x) from both sides for images that the model made, in nats per image.
+
+    Attributes:
+        lower: By annealed importance sampling.
+        upper: By chains in reverse, from the z that made the image.
+        gap: upper less lower.
+    """
+
+    lower: Weighing
+    upper: Average
+    gap: Average
+
+    @classmethod
+    def of(cls, found: Bidirectional) -> "Bounds":
+        """The averages over the images."""
+        return cls(Weighing.of(found.lower), Average.of(found.upper), Average.of(found.gap))
 
 
 @dataclass(frozen=True)
@@ -123,6 +173,7 @@ class Assessment:
             not discrete.
         without_constant: SSE/(2c) + KL for a Gaussian of fixed c, else None.
         annealing: Of the first `ais` images only; None if it was not asked for.
+        bounds: Of as many images from the model as `bidirectional` says; None if they were not asked for.
         notes: What the reader is to be warned of.
     """
 
@@ -135,6 +186,7 @@ class Assessment:
     importance_weighted: Weighing
     naive: Weighing
     annealing: Annealing | None
+    bounds: Bounds | None
     bits_per_dim: float | None
     latents: Latents
     notes: list[str]
@@ -150,7 +202,7 @@ class Assessment:
         def weighing(values: dict[str, Any]) -> Weighing:
             return Weighing(**values | {"log_evidence": Average(**values["log_evidence"])})
 
-        latents, tight = contents["latents"], contents["annealing"]
+        latents, tight, bounds = (contents[name] for name in ("latents", "annealing", "bounds"))
         probes = latents["probes"]
         averages = {name: Average(**contents[name]) for name in ("elbo", "reconstruction", "kl")}
         estimates = {name: weighing(contents[name]) for name in ("importance_weighted", "naive")}
@@ -164,6 +216,8 @@ class Assessment:
                     weighing(tight["annealed"]),
                     *(Average(**tight[name]) for name in ("importance_weighted", "naive", "elbo")),
                 ),
+                "bounds": bounds
+                and Bounds(weighing(bounds["lower"]), *(Average(**bounds[name]) for name in ("upper", "gap"))),
                 "latents": Latents(
                     **latents | {"probes": probes if isinstance(probes, str) else Probes(**probes)}
                 ),
@@ -178,6 +232,8 @@ class Examination:
     Attributes:
         particles: K, of importance sampling and of the prior estimate.
         ais: So many images get annealed importance sampling as well, with ais_steps and ais_chains.
+        bidirectional: So many images are drawn from the model, and their log p(x) is bounded from both sides,
+            with ais_steps and ais_chains.
         limit: The first so many test images only.
         batch_size: Decoded images at a time; what keeps memory small if None.
         seed: Of stochastic binarization and all noise.
@@ -198,6 +254,7 @@ class Examination:
     ais: int = 0
     ais_steps: int = 1000
     ais_chains: int = 16
+    bidirectional: int = 0
     limit: int | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -208,8 +265,9 @@ class Examination:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
-        if self.ais < 0:
-            raise ValueError(f"expected ais >= 0, got {self.ais}")
+        for name in ("ais", "bidirectional"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
 
@@ -256,7 +314,7 @@ class Examination:
         images = dataset.test[: self.limit]
         vae.check(images, "test")
         x, pixels = self._observe(vae, images), math.prod(images.shape)
-        weighted, unguided, tight = self._weigh(vae, x)
+        weighted, unguided, tight, bounds = self._weigh(vae, x)
         kl_per_dim = kl_per_image(vae, x, batch_size=ENCODED, seed=self.seed)
         kl = weighted.log_lik - weighted.bound if kl_per_dim is None else kl_per_dim.sum(-1)
         elbo = weighted.log_lik - kl
@@ -270,22 +328,25 @@ class Examination:
             importance_weighted=Weighing.of(weighted),
             naive=Weighing.of(unguided),
             annealing=tight and Annealing.of(tight, weighted, unguided, elbo),
+            bounds=bounds and Bounds.of(bounds),
             bits_per_dim=bits_per_dim(vae.likelihood, weighted.log_evidence.mean().item(), pixels),
             latents=self._latents(vae, x, kl_per_dim, images, dataset.train),
             notes=[],
         )
         return dataclasses.replace(found, notes=_warnings(vae, found))
 
-    def _weigh(self, vae: VAE, x: Tensor) -> tuple[Evidence, Evidence, Evidence | None]:
+    def _weigh(self, vae: VAE, x: Tensor) -> tuple[Evidence, Evidence, Evidence | None, Bidirectional | None]:
         with self._progress() as progress:
             noise = {"seed": self.seed, "batch_size": self.batch_size, "progress": progress}
             chains = {"steps": self.ais_steps, "chains": self.ais_chains}
-            # First, for it alone may be refused.
+            # First, for these alone may be refused.
             tight = annealed(vae, x[: self.ais], **chains, **noise) if self.ais else None
+            made = self.bidirectional
+            bounds = bidirectional(vae, images=made, **chains, **noise) if made else None
             weighted, unguided = (
                 estimate(vae, x, particles=self.particles, **noise) for estimate in (importance_weighted, naive)
             )
-        return weighted, unguided, tight
+        return weighted, unguided, tight, bounds
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Progress]:
@@ -349,8 +410,7 @@ def _epoch(run: Path, which: str) -> int:
 
 
 def _warnings(vae: VAE, found: Assessment) -> list[str]:
-    notes, active, weighing = [], found.latents.active, found.importance_weighted
-    particles = found.settings["particles"]
+    notes, active, settings = [], found.latents.active, found.settings
     if vae.classes:
         notes.append("a conditional VAE: each log p(x) is log p(x|y), given the image's class")
     if not vae.likelihood.normalised:
@@ -359,12 +419,34 @@ def _warnings(vae: VAE, found: Assessment) -> list[str]:
         notes.append("posterior collapse: no latent dimension is active, so that z says nothing of x")
     elif active is not None and active < FEW * vae.latent_dim:
         notes.append(f"posterior collapse in part: {vae.latent_dim - active} latent dimensions are not active")
-    if weighing.least_effective_sample_size < min(POOR, particles):
+    particles, chains = settings["particles"], settings["ais_chains"]
+    if 1 < particles < FEWEST_WEIGHTS:
         notes.append(
-            f"uneven importance weights: the worst image has {weighing.least_effective_sample_size:.1f} "
-            f"effective particles of {particles:,}, so that its log p(x) is likely too low"
+            f"too few particles to judge importance weights by Pareto k-hat: {particles}, where it takes "
+            f"{FEWEST_WEIGHTS}; log p(x) by importance sampling is likely too low"
         )
+    notes += _doubts(found.importance_weighted, f"{settings['images']:,} images", particles, "particle")
+    if found.annealing:
+        notes += _doubts(found.annealing.annealed, f"{settings['ais']:,} annealed images", chains, "chain")
+    if found.bounds:
+        made = f"{settings['bidirectional']:,} images from the model"
+        notes += _doubts(found.bounds.lower, made, chains, "chain")
     return notes
+
+
+def _doubts(weighing: Weighing, images: str, number: int, what: str) -> list[str]:
+    """A line on the images whose estimate is not to be trusted, if there are any."""
+    if number == 1:
+        return [f"the log p(x) of {images} has no standard error, which a single {what} does not give"]
+    if not weighing.unreliable:
+        return []
+    signs = [f"as few as {weighing.least_effective_sample_size:.1f} effective {what}s of {number:,}"]
+    if weighing.pareto_k is not None and weighing.pareto_k > threshold(number):
+        signs.append(f"Pareto k-hat up to {weighing.pareto_k:.2f}, where {threshold(number):.2f} is the limit")
+    return [
+        f"uneven weights: the log p(x) of {weighing.unreliable:,} of {images} is likely too low, and its error "
+        f"too small ({'; '.join(signs)}); the others may have missed what these found"
+    ]
 
 
 def write(run: Path, found: Assessment) -> Path:
@@ -408,21 +490,25 @@ def title(found: Assessment) -> str:
             f" of {s['dataset']}, {s['likelihood']}, {s['guide']}, {s['latent_dim']} latent dimensions, "
             f"{s['which']} parameters (epoch {s['epoch']})"
         )
-    images = f"{s['images']:,} test image{'s' if s['images'] > 1 else ''}"
+    images = _count(s["images"], "test image")
     return f"{images}{model}; K {s['particles']:,}, seed {s['seed']}, {s['device']}, {s['dtype']}"
 
 
 def rows(found: Assessment) -> list[list[str]]:
-    """The table's cells, a head first: name, mean, standard error, effective sample size, its least."""
+    """The table's cells, a head first: name, mean, standard error, effective sample size, its least, k-hat."""
 
     def row(name: str, average: Average, weighing: Weighing | None = None) -> list[str]:
         error = "" if average.standard_error is None else f"{average.standard_error:.2f}"
-        sizes = weighing and (weighing.effective_sample_size, weighing.least_effective_sample_size)
-        return [name, f"{average.mean:.2f}", error, *(f"{size:,.1f}" for size in sizes or ()), *[""] * 2][:5]
+        sizes, k = ["", ""], ""
+        if weighing is not None:
+            numbers = weighing.effective_sample_size, weighing.least_effective_sample_size
+            sizes = [f"{number:,.1f}" for number in numbers]
+            k = "" if weighing.pareto_k is None else f"{weighing.pareto_k:.2f}"
+        return [name, f"{average.mean:.2f}", error, *sizes, k]
 
-    weighted, unguided, tight = found.importance_weighted, found.naive, found.annealing
+    weighted, unguided, tight, bounds = found.importance_weighted, found.naive, found.annealing, found.bounds
     cells = [
-        ["nats per image", "mean", "std. error", "ESS", "least"],
+        ["nats per image", "mean", "std. error", "ESS", "least", "worst k-hat"],
         row("reconstruction, E_q[log p(x|z)]", found.reconstruction),
         row("KL(q(z|x) || p(z))", found.kl),
         row("ELBO", found.elbo),
@@ -431,11 +517,18 @@ def rows(found: Assessment) -> list[list[str]]:
     ]
     if tight:
         cells += [
-            [f"the first {found.settings['ais']} images:", *[""] * 4],
+            [f"the first {found.settings['ais']} images:", *[""] * 5],
             row("  ELBO", tight.elbo),
             row("  log p(x), importance sampling", tight.importance_weighted),
             row("  log p(x), prior samples", tight.naive),
             row("  log p(x), annealed", tight.annealed.log_evidence, tight.annealed),
+        ]
+    if bounds:
+        cells += [
+            [f"{_count(found.settings['bidirectional'], 'image')} from the model:", *[""] * 5],
+            row("  log p(x), annealed", bounds.lower.log_evidence, bounds.lower),
+            row("  log p(x), annealed in reverse", bounds.upper),
+            row("  gap between the two", bounds.gap),
         ]
     return cells
 
@@ -459,9 +552,21 @@ def remarks(found: Assessment) -> list[str]:
         )
     else:
         lines.append(f"classes from latents: not measured, {latents.probes}")
+    particles = _count(s["particles"], "particle")
+    lines.append(f"importance sampling: {particles}; {_reach(found.importance_weighted)}")
     if found.annealing:
-        lines.append(
-            f"annealed: {s['ais_chains']} chains of {s['ais_steps']:,} steps; error of one image's log p(x) "
-            f"{found.annealing.annealed.error:.2f} nats"
-        )
+        chains = f"{_count(s['ais_chains'], 'chain')} of {_count(s['ais_steps'], 'step')}"
+        lines.append(f"annealed: {chains}; {_reach(found.annealing.annealed)}")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number > 1 else ''}"
+
+
+def _reach(weighing: Weighing) -> str:
+    """How exactly an image's log p(x) is known."""
+    below, above = (
+        "without limit" if reach is None else f"{reach:.2f} nats" for reach in (weighing.below, weighing.above)
+    )
+    return f"a 95 % interval of one image's log p(x) reaches {below} down and {above} up"

@@ -111,7 +111,7 @@ def _one_line_errors() -> Iterator[None]:
 def _with_flags(message: str) -> str:
     """`expected batch_size ...` as `expected --batch-size ...`, where that is an option."""
     names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
-    names += "|ais|ais_steps|ais_chains|between|corners|steps|split|dims|tsne|digit|dpi"
+    names += "|ais|ais_steps|ais_chains|bidirectional|between|corners|steps|split|dims|tsne|digit|dpi"
     names += "|images(?= from)|image(?= from| without)|data(?= to be)"
     return re.sub(
         rf"^expected ({names})\b(?! most| least)", lambda match: f"expected {flag(match[1])}", message
@@ -568,6 +568,14 @@ def _evaluate_options() -> list[click.Parameter]:
             metavar="N",
             show_default=True,
             help="Chains per image.",
+        ),
+        click.Option(
+            ["--bidirectional"],
+            default=defaults.bidirectional,
+            metavar="N",
+            show_default="none",
+            help="Bounds of log p(x) from both sides, for N images that the model makes: by the chains of "
+            "--ais, and by such chains in reverse. The gap limits the error of annealing on these images.",
         ),
         click.Option(
             ["--limit"], type=int, metavar="N", show_default="all", help="The first N test images only."

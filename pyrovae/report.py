@@ -414,7 +414,11 @@ def _evaluation(s: Subject) -> Section:
         warnings=[*found.notes, *_outdated(s, found.settings)],
         text=assessment.title(found),
         tables=[
-            Table("Standard errors are over images; ESS is the effective sample size", assessment.rows(found))
+            Table(
+                "Standard errors are over images. ESS is the effective sample size, and k-hat tells how heavy "
+                "the tail of the weights is.",
+                assessment.rows(found),
+            )
         ],
         notes=assessment.remarks(found),
     )

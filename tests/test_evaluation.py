@@ -14,7 +14,7 @@ from sklearn.datasets import make_blobs
 from torch import nn
 
 from pyrovae import assessment, runs
-from pyrovae.assessment import Assessment, Examination
+from pyrovae.assessment import Assessment, Average, Bounds, Examination, Weighing
 from pyrovae.config import Config
 from pyrovae.data import Dataset, Images
 from pyrovae.estimators import Elbo
@@ -28,8 +28,10 @@ from pyrovae.evaluation import (
     variance_of_means,
     without_constant,
 )
+from pyrovae.evidence import bidirectional
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.weights import Evidence
 from tests.rounding import nearly
 from tests.test_cli import call, check_works, check_wrong_call
 
@@ -246,6 +248,80 @@ def test_a_pseudo_likelihood_is_said_to_be_one(make_vae):
     assert "not normalised" in assessment.table(found)
 
 
+def test_an_estimate_by_its_numbers():
+    """Two images of four particles, the second with a single one that counts."""
+    numbers = [[-1.0, -3.0], [4.0, 1.0], [-1.0, -5.0], [0.0, 2.0], [-2.0, -2.0], [math.nan] * 2]
+    evidence = Evidence(*torch.tensor(numbers, dtype=torch.float64), 4)
+    found, (lower, upper) = Weighing.of(evidence), evidence.interval
+    assert (found.log_evidence.mean, found.log_evidence.standard_error) == pytest.approx((-2, 1))
+    assert found.error == pytest.approx(0.5)  # that of the worst image is 1
+    assert found.below == pytest.approx((-4 - lower.sum().item()) / 2)
+    assert found.above == pytest.approx((4 + upper.sum().item()) / 2)
+    assert (found.effective_sample_size, found.least_effective_sample_size) == (2.5, 1.0)
+    assert (found.pareto_k, found.unreliable) == (None, 1)
+
+
+@pytest.mark.parametrize(
+    ("examination", "parts"),
+    [
+        ({"particles": 1}, ["the log p(x) of 4 images has no standard error, which a single particle"]),
+        ({"particles": 99}, ["too few particles to judge", "99, where it takes 100"]),
+        ({"particles": 100}, []),
+        ({"particles": 100, "ais": 2, "ais_chains": 1}, ["of 2 annealed images has no standard error"]),
+        ({"particles": 100, "bidirectional": 3, "ais_chains": 1}, ["3 images from the model has no standard"]),
+    ],
+)
+def test_too_few_particles_are_warned_of(make_vae, examination, parts):
+    """Where p(z|x) = p(z) = q(z|x), weights are even wherever there are enough."""
+    vae = make_vae(hidden=(4,))
+    for parameter in vae.parameters():
+        nn.init.zeros_(parameter)
+    notes = Examination(ais_steps=3, **examination).of_vae(vae, dataset(4)).notes
+    notes = [note for note in notes if "collapse" not in note]
+    assert len(notes) == bool(parts)
+    assert all(part in note for note in notes for part in parts)
+
+
+class Narrow(Guide):
+    """A Gaussian of a tenth of the prior's scale."""
+
+    def forward(self, x):
+        zeros = torch.zeros(*x.shape[:-1], 2)
+        return dist.Normal(zeros, torch.full_like(zeros, 0.1)).to_event(1)
+
+
+def test_uneven_weights_are_warned_of(make_vae):
+    """The guide has a hundredth of the posterior's variance, which is nearly the prior's: k is about 0.99."""
+    vae = make_vae(hidden=(4,))
+    vae.posterior = Narrow()
+    found = Examination(particles=300, ais=3, ais_steps=1, ais_chains=2).of_vae(vae, dataset(5))
+    (note,) = (note for note in found.notes if "uneven weights" in note)
+    weighing = found.importance_weighted
+    assert weighing.unreliable == 5
+    assert weighing.pareto_k > 0.8
+    assert "the log p(x) of 5 of 5 images is likely too low" in note
+    assert f"Pareto k-hat up to {weighing.pareto_k:.2f}, where 0.60 is the limit" in note
+    assert f"as few as {weighing.least_effective_sample_size:.1f} effective particles of 300" in note
+    lines = {line[:29]: line.split() for line in assessment.table(found).split("\n")}
+    assert lines["log p(x), importance sampling"][-1] == f"{weighing.pareto_k:.2f}"
+
+
+def test_bounds_from_both_sides(make_vae):
+    vae = make_vae(hidden=(4,))
+    found = Examination(particles=100, bidirectional=3, ais_steps=4, ais_chains=2, seed=5).of_vae(
+        vae, dataset(4)
+    )
+    own = bidirectional(vae, images=3, steps=4, chains=2, seed=5)
+    gap = own.upper - own.lower.log_evidence
+    assert found.bounds == Bounds(Weighing.of(own.lower), Average.of(own.upper), Average.of(gap))
+    assert Assessment.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    lines = [line.split("  ") for line in assessment.table(found).split("\n")]
+    numbers = {line[1]: [word for word in line[2:] if word] for line in lines if line[0] == ""}
+    assert numbers["log p(x), annealed in reverse"][0].strip() == f"{own.upper.mean():.2f}"
+    assert numbers["gap between the two"][0].strip() == f"{gap.mean():.2f}"
+    assert ["3 images from the model:"] in lines
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -276,7 +352,7 @@ def test_nothing_is_changed(make_vae, training):
     vae, data = make_vae(network="cnn", beta=3.0).train(training), dataset()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     random = torch.get_rng_state()
-    Examination(particles=5, ais=2, ais_steps=2, ais_chains=2).of_vae(vae, data)
+    Examination(particles=5, ais=2, ais_steps=2, ais_chains=2, bidirectional=2).of_vae(vae, data)
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert all(module.training == training for module in vae.modules())
     assert all(p.grad is None and p.requires_grad for p in vae.parameters())
@@ -304,7 +380,16 @@ def test_examining_again_gives_the_same(make_vae):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["particles=0", "limit=0", "batch_size=0", "ais=-1", "ais_steps=0", "ais_chains=0", "seed=-1"],
+    [
+        "particles=0",
+        "limit=0",
+        "batch_size=0",
+        "ais=-1",
+        "bidirectional=-1",
+        "ais_steps=0",
+        "ais_chains=0",
+        "seed=-1",
+    ],
 )
 def test_numbers_out_of_range(wrong):
     name, value = wrong.split("=")
@@ -319,9 +404,9 @@ def evaluate_run(run: Path, *args: str) -> dict:
 
 
 def test_the_command_prints_a_table_and_leaves_json(finished):
-    result = call("evaluate", finished, "-K", "20", "--ais", "2", "--ais-steps", "5")
+    result = call("evaluate", finished, "-K", "20", "--ais", "2", "--ais-steps", "5", "--bidirectional", "2")
     assert result.exit_code == 0, result.output
-    names = ["reconstruction", "KL", "ELBO", "importance sampling", "prior samples", "annealed"]
+    names = ["reconstruction", "KL", "ELBO", "importance sampling", "prior samples", "annealed", "in reverse"]
     names += ["bits per dimension", "active units", "KL per latent dimension", "linear probe", "neighbours"]
     assert [name for name in names if name not in result.stdout] == []
     written = json.loads((finished / "evaluation.json").read_text())
@@ -388,6 +473,7 @@ def test_the_command_on_odd_data(kind):
         ("run --batch-size 0", "--batch-size"),
         ("run --seed -1", "--seed"),
         ("run --ais -1", "--ais"),
+        ("run --bidirectional -1", "--bidirectional"),
         ("run --ais 1 --ais-steps 0", "--ais-steps"),
         ("run --ais 1 --ais-chains 0", "--ais-chains"),
         ("run extra", "extra"),
@@ -400,7 +486,8 @@ def test_a_wrong_call_is_one_line(args, naming):
 def test_annealing_codes_is_one_line():
     config = Config(guide="bernoulli-code", estimator="rloo", epochs=1, limit=(32, 16), hidden=(8,))
     run, _ = runs.train(config, out="run")
-    check_wrong_call("evaluate", run, "--ais", "1", naming="--ais with a continuous z only")
+    for option in ("--ais", "--bidirectional"):
+        check_wrong_call("evaluate", run, option, "1", naming="--ais with a continuous z only")
 
 
 def test_other_data_are_one_line():
