@@ -155,7 +155,13 @@ def _gradients(guide: Guide, x: Tensor, use_rep: bool) -> list[str]:
         ways["use_rep=True, through rsample"] = (z + 0.5 * z**2).sum(-1)
     without = {way: _without_gradient(guide, value) for way, value in ways.items()}
     nowhere = set.intersection(*map(set, without.values())) if without else set()
-    found = [f"expected a gradient to {name!r}, got none: q(z|x) does not use it" for name in sorted(nowhere)]
+    unused = set(nowhere)
+    if nowhere:  # what q(z|x) does not use may be the prior's
+        p = guide.prior(x.new_zeros(q.event_shape))
+        unused &= set(_without_gradient(guide, p.log_prob(p.sample((PARTICLES,)))))
+    found = [
+        f"expected a gradient to {name!r}, got none: neither q(z|x) nor p(z) uses it" for name in sorted(unused)
+    ]
     for way, names in without.items():
         found += [
             f"expected a gradient to {name!r} by {way}, got none" for name in names if name not in nowhere

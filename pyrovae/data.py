@@ -121,7 +121,7 @@ class Images:
         """A CRC-32 of the pixels, after others with this one; of a file's, of all of it and which they are."""
         if self.on_disk:
             return zlib.crc32(self.pixels.checksum.to_bytes(4, "little"), before)
-        return zlib.crc32(self.pixels.contiguous().cpu().numpy().data, before)
+        return zlib.crc32(self.pixels.detach().contiguous().cpu().numpy().data, before)
 
     def to(self, device: torch.device | str) -> "Images":
         """These images on a device; those of a file stay there, and go to the device as they are read."""

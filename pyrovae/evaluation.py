@@ -127,7 +127,8 @@ def _of_posterior(
     check_flat(observed, vae.decoder.shape, "observations")
     check_pixels(vae.likelihood.to_pixels(observed), "observations")
     with vae.evaluating(), pyro.validation_enabled(False):
-        return [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
+        terms = [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
+    return [part if part is None else part.detach() for part in terms]  # it may be a parameter itself
 
 
 def squared_error(vae: VAE, images: Images, *, batch_size: int = 1000) -> float:
@@ -148,7 +149,7 @@ def pca_squared_error(train: Images, images: Images, components: int) -> float:
     from sklearn.decomposition import PCA
 
     def numbers(part: Images) -> np.ndarray:
-        return part.pixels.flatten(1).double().cpu().numpy()
+        return part.pixels.flatten(1).double().detach().cpu().numpy()
 
     # Training images are in random order: of those in a file the first, as many as may be in memory.
     fitted = numbers(train[: max(1, PCA_BYTES // (8 * math.prod(train.shape)))] if train.on_disk else train)
@@ -204,7 +205,8 @@ def probe(
 
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train)))
-    fitted, judged = ((z.numpy(), y.cpu().numpy()) for z, y in ((train, train_labels), (test, test_labels)))
+    both = (train, train_labels), (test, test_labels)
+    fitted, judged = ((z.detach().cpu().numpy(), y.cpu().numpy()) for z, y in both)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # an almost best line is a probe as well
         accuracies = [float(judge.fit(*fitted).score(*judged)) for judge in (linear, neighbours)]

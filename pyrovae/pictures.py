@@ -398,7 +398,7 @@ class Latents:
         Raises:
             ValueError: It cannot be written there.
         """
-        arrays = {name: value.numpy() for name, value in vars(self).items() if value is not None}
+        arrays = {name: value.detach().numpy() for name, value in vars(self).items() if value is not None}
         path = Path(path) if Path(path).suffix == ".npz" else Path(f"{path}.npz")
         with writing(path), replacing(path) as file:
             np.savez(file, **arrays)
@@ -556,7 +556,7 @@ def _in_batches(
     """The function of all inputs with their labels, on the CPU, whatever their number."""
     of_labels = repeat(None) if labels is None else labels.split(BATCH)
     return torch.cat(
-        [function(batch, y).cpu() for batch, y in zip(inputs.split(BATCH), of_labels, strict=False)]
+        [function(batch, y).detach().cpu() for batch, y in zip(inputs.split(BATCH), of_labels, strict=False)]
     )
 
 

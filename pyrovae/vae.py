@@ -284,7 +284,7 @@ class VAE(PyroModule):
 
     def encode(self, images: Float[Tensor, "N ..."], labels: Tensor | None = None) -> Float[Tensor, "N L"]:
         """The mean of q(z|x) for images with pixels in [0, 1], (N, C, H, W) or (N, D)."""
-        return self.approximate_posterior(images, labels).mean
+        return self.approximate_posterior(images, labels).mean.detach()  # it may be a parameter itself
 
     def decode(
         self, z: Float[Tensor, "*batch L"], labels: Tensor | None = None

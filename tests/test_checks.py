@@ -149,10 +149,10 @@ FAULTS = {
         own(lambda self, x: dist.testing.fakes.NonreparameterizedNormal(self.loc(x), 1.0).to_event(1)),
         "rsample with use_rep=True, got .*: use the score function",
     ),
-    "unused": (Unused(), r"a gradient to 'gate', got none: q\(z\|x\) does not use it"),
+    "unused": (Unused(), r"a gradient to 'gate', got none: neither q\(z\|x\) nor p\(z\) uses it"),
     "cut": (
         own(lambda self, x: dist.Normal(self.loc(x).detach(), self.log_scale(x).exp()).to_event(1)),
-        r"a gradient to 'loc\.weight', got none: q\(z\|x\) does not use it",
+        r"a gradient to 'loc\.weight', got none: neither q\(z\|x\) nor p\(z\) uses it",
     ),
     "torch.normal": (of(Detached), r"a gradient to 'loc\.weight' by use_rep=True, through rsample, got none"),
     "not finite": (
@@ -193,6 +193,27 @@ def test_parameters_that_are_not_learned_need_no_gradient():
     guide = Unused()
     guide.gate.requires_grad_(False)
     assert check_guide(guide, X) == []
+
+
+class WithPrior(Own):
+    """A guide that brings a prior of its own, which is learned: N(loc, exp(log_scale)^2), or half of it."""
+
+    def __init__(self, whole: bool = True):
+        super().__init__()
+        self.prior_loc, self.prior_log_scale = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+        self.whole = whole
+
+    def prior(self, zeros):
+        scale = self.prior_log_scale.exp() if self.whole else torch.ones_like(zeros)
+        return dist.Normal(self.prior_loc + zeros, scale).to_event(1)
+
+
+def test_what_only_the_prior_uses_is_not_missed():
+    assert check_guide(WithPrior(), X) == []
+    assert check_guide(WithPrior(), X, use_rep=False) == []
+    assert check_guide(WithPrior(whole=False), X) == [
+        "expected a gradient to 'prior_log_scale', got none: neither q(z|x) nor p(z) uses it"
+    ]
 
 
 def test_all_is_left_as_it_was():

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyrovae import runs
+from pyrovae import pictures, runs
+from pyrovae.assessment import Examination
 from pyrovae.config import Config
 from pyrovae.data import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
-from pyrovae.evaluation import kl_per_image
+from pyrovae.evaluation import kl_per_image, latent_means
+from pyrovae.evidence import importance_weighted
 from pyrovae.guides import GUIDES, BernoulliCode, Guide, MeanField
 from pyrovae.likelihoods import Bernoulli
 from pyrovae.networks import MLP, NETWORKS, Encoder
@@ -511,3 +513,40 @@ def test_a_refined_guide_is_validated_as_it_is_trained(make_vae):
     with vae.evaluating():
         torch.testing.assert_close(vae.posterior_of(x).mean, trained)
     assert vae.trained_beta is None
+
+
+class Fixed(Guide):
+    """One Gaussian for all data, whose mean is a parameter itself; the encoder is for nothing."""
+
+    def __init__(self, encoder, latent_dim):
+        super().__init__()
+        self.loc, self.scale = nn.Parameter(torch.zeros(latent_dim)), nn.Parameter(torch.ones(latent_dim))
+
+    def forward(self, x):
+        loc, scale = (value.expand(*x.shape[:-1], -1) for value in (self.loc, self.scale))
+        return dist.Normal(loc, scale).to_event(1)
+
+
+@pytest.mark.usefixtures("unchecked", "no_figures")
+def test_a_guide_of_parameters_alone_is_trained_judged_and_pictured(tmp_path, monkeypatch):
+    """Views of a parameter want gradients even where none are taken."""
+    config = Config(guide=f"{__name__}:Fixed", epochs=1, limit=(40, 20), hidden=(4,), figure_epochs=())
+    run, _ = runs.train(config, out=tmp_path / "run")
+    vae = runs.load(run)
+    images = config.make_dataset().validation
+    x = vae.observe(images.pixels.flatten(1))
+    found = Examination(particles=2, limit=10).of_vae(vae, config.make_dataset())
+    assert found.latents.active == 0
+    assert found.latents.kl == pytest.approx([0, 0], abs=1e-2)
+    given = [
+        vae.encode(images.pixels),
+        vae.reconstruct(images.pixels),
+        latent_means(vae, x),
+        kl_per_image(vae, x),
+    ]
+    codes = pictures.encode(run, split="test")
+    given += [codes.mean, codes.scale, importance_weighted(vae, x, particles=2).log_evidence, vae.sample(2)]
+    assert not any(value.requires_grad for value in given)
+    codes.save(tmp_path / "codes.npz")
+    assert len(pictures.latent(run).axes[0].collections) > 0
+    assert pictures.reconstruct(run, images=2).axes
