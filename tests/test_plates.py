@@ -266,11 +266,12 @@ WEIGHTED = [
 ]
 
 
+@pytest.mark.parametrize("particles", [1, 4])
 @pytest.mark.parametrize(("name", "use_rep"), WEIGHTED)
-def test_importance_weights_with_a_latent_outside_are_those_of_one_large_datum(name, use_rep):
+def test_importance_weights_with_a_latent_outside_are_those_of_one_large_datum(name, use_rep, particles):
     pair = Hierarchy(early=True, late=True, subsample=False)
     twin = InEvents()
-    estimator = ESTIMATORS[name](num_particles=4, use_rep=use_rep)
+    estimator = ESTIMATORS[name](num_particles=max(particles, ESTIMATORS[name].particles[0]), use_rep=use_rep)
     assert_same(
         estimator, estimator, (pair.model, pair.guide), pair.parameters,
         (twin.model, twin.guide), twin.parameters,
@@ -316,34 +317,78 @@ def test_the_bound_is_log_evidence_at_an_exact_posterior_with_a_latent_outside(n
         assert ESTIMATORS[name]().loss(model, guide) == pytest.approx(-log_evidence)
 
 
-def test_an_observation_outside_that_no_latent_influences_leaves_the_weights_to_each_datum():
-    x = torch.linspace(-1, 1, 4, dtype=F64)
-    penalty = number(0.3)
+class Penalised:
+    """Data of their own, and a penalty outside the plate: before it, after it, on z after it, or none."""
 
-    def model(before: bool, penalised: bool = True):
-        if before and penalised:
-            pyro.factor("penalty", -(penalty**2))
+    def __init__(self, penalty: str):
+        self.penalty, self.weight = penalty, number(0.3)
+        self.parameters = [self.weight]
+        self.x = torch.linspace(-1, 1, 4, dtype=F64)
+
+    def model(self) -> None:
+        if self.penalty == "before":
+            pyro.factor("penalty", -(self.weight**2))
         with pyro.plate("data", 4):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            z = pyro.sample("z", dist.Normal(self.x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=self.x)
+        if self.penalty == "after":
+            pyro.factor("penalty", -(self.weight**2))
+        elif self.penalty == "on z":
+            pyro.factor("penalty", -self.weight * (z**2).sum(-1, keepdim=True))
+        elif self.penalty == "by a number":
+            pyro.factor("penalty", torch.tensor(z.sum().item(), dtype=F64) - self.weight**2)
+
+    def guide(self) -> None:
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(self.x / 3, 1.0))
+
+    def draws(self, estimator):
+        pyro.set_rng_seed(0)
+        return estimator.draws(self.model, self.guide)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_an_observation_outside_that_no_latent_influences_leaves_the_weights_to_each_datum(place):
+    alone, penalised = Penalised("none"), Penalised(place)
+    for estimator in (Iwae(num_particles=5), Renyi(num_particles=5), Dreg(num_particles=5)):
+        expected, draws = estimator.bound(alone.draws(estimator)), penalised.draws(estimator)
+        torch.testing.assert_close(estimator.bound(draws), expected - penalised.weight**2 / 4)
+        (gradient,) = torch.autograd.grad(estimator.surrogate(draws).sum(), penalised.weight)
+        torch.testing.assert_close(gradient, -2 * penalised.weight.detach())
+
+
+@pytest.mark.parametrize("family", [MeasureValued, RunningMean])
+def test_a_penalty_before_the_plate_is_taken_by_all(family):
+    losses = [Penalised(place) for place in ("none", "before")]
+    alone, penalised = (family().bound(pair.draws(family())).sum() for pair in losses)
+    torch.testing.assert_close(penalised, alone - 0.3**2)
+
+
+def test_an_observation_outside_that_latents_influence_has_the_weights_of_all_data():
+    pair = Penalised("on z")
+    assert_same(Iwae(num_particles=3), many(RenyiELBO, 3, alpha=0.0), (pair.model, pair.guide), pair.parameters)
+    for place, data in (("on z", 1), ("by a number", 1), ("after", 4)):  # one particle, for the number's sake
+        assert len(Iwae().bound(Penalised(place).draws(Iwae()))) == data
+
+
+def test_latents_outside_that_depend_on_none_inside_leave_each_datum_its_own_signal():
+    loc, rho, x = number(0.2), number(-0.3), torch.linspace(-1, 1, 5, dtype=F64)
+    normal = NonreparameterizedNormal
+
+    def model():
+        pyro.sample("first", normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", normal(x.new_zeros(()), 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        if penalised and not before:
-            pyro.factor("penalty", -(penalty**2))
+        pyro.sample("last", normal(x.new_zeros(()), 1.0))
 
     def guide():
-        with pyro.plate("data", 4):
-            pyro.sample("z", dist.Normal(x / 3, 1.0))
+        pyro.sample("last", normal(x.new_ones(()), 2.0))
+        with pyro.plate("data", 5):
+            pyro.sample("z", normal(loc, rho.exp()))
+        pyro.sample("first", normal(x.new_ones(()), 2.0))
 
-    def loss(estimator, *settings):
-        pyro.set_rng_seed(0)
-        return estimator.differentiable_loss(lambda: model(*settings), guide)
-
-    for estimator in (Iwae(num_particles=5), Renyi(num_particles=5), Dreg(num_particles=5)):
-        alone, before, after = (loss(estimator, *s) for s in ((True, False), (True,), (False,)))
-        torch.testing.assert_close(before, alone + penalty**2)
-        torch.testing.assert_close(torch.autograd.grad(before, penalty)[0], 2 * penalty)
-        assert after > before + 1e-3  # it might depend on z: the bound is the looser one of all data together
-    for family in (MeasureValued, RunningMean):
-        torch.testing.assert_close(loss(family(), True), loss(family(), True, False) + penalty**2)
+    assert_same(Elbo(use_rep=False), TraceGraph_ELBO(), (model, guide), [loc, rho])
 
 
 # Several plates, and none
@@ -443,6 +488,19 @@ def test_all_data_of_several_plates_are_one_datum_for_the_score_function():
     for name, use_rep in (("elbo", False), ("rloo", False), ("vimco", False), ("dreg", True)):
         estimator = ESTIMATORS[name](num_particles=4, use_rep=use_rep)
         assert_same(estimator, estimator, apart[:2], apart[2], (model, guide), parameters)
+
+
+def test_a_pair_without_latent_sites_is_that_of_maximum_likelihood():
+    loc, x = number(0.3), torch.linspace(-1, 1, 4, dtype=F64)
+
+    def model():
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    for use_rep in (True, False):
+        for particles in (1, 3):
+            ours = Elbo(num_particles=particles, use_rep=use_rep)
+            assert_same(ours, many(Trace_ELBO, particles), (model, lambda: None), [loc])
 
 
 # Refusals

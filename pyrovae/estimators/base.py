@@ -15,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs
+from pyrovae.estimators.dependence import depends
 from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import PARTICLES, Site, too_deep
 from pyrovae.estimators.traces import (
@@ -159,8 +160,11 @@ class Estimator(ELBO, abc.ABC):
         def bound_model():
             return model(*args, **kwargs)
 
-        guide_trace, gates = self._sampled(lambda: guide(*args, **kwargs))
-        masses = point_masses(guide_trace)
+        def bound_guide():
+            return guide(*args, **kwargs)
+
+        guide_trace, gates = self._sampled(bound_guide)
+        masses = point_masses(guide_trace, gates)
         if self.needs_density and masses:
             raise ValueError(
                 f"expected a guide with a density for {type(self).__name__}, got a point mass at site "
@@ -170,13 +174,29 @@ class Estimator(ELBO, abc.ABC):
         with _explained():
             model_trace = replayed(bound_model, values, num_particles, min(-self.max_plate_nesting, -2))
         draws = Draws(model_trace, values, num_particles, bound_model, gates)
-        if draws.layout.plates and (
-            draws.ties_data if self.importance_weighted else draws.chains_data and not self.use_rep
-        ):
+        if draws.layout.plates and self._ties_data(draws, bound_guide):
             draws = draws.jointly()
         if self.importance_weighted:
             check_weights(draws, type(self).__name__)
         return draws
+
+    def _ties_data(self, draws: Draws, guide: Program) -> bool:
+        """Whether data depend on each other by a site outside their plates, in what this gradient is made of.
+
+        Importance weights do by any latent site there, and all that depends on latent sites inside; the score
+        function by latent sites there that depend on those inside.
+        """
+        if self.importance_weighted and draws.has_latents_outside:
+            return True
+        if self.use_rep and not self.importance_weighted:
+            return False
+        particles = self.num_particles, -self.max_plate_nesting
+        inside, after = draws.after_latents(draws.guide_sites)
+        if after and depends(guide, draws.guide_trace, *particles, on=inside, of=after):
+            return True
+        inside, after = draws.after_latents(draws.sites_in_model)
+        after = [name for name in after if self.importance_weighted or name in draws.model_sites]
+        return bool(after) and depends(draws.model, draws.model_trace, *particles, on=inside, of=after)
 
     def _sampled(self, guide: Program) -> tuple[poutine.Trace, Gates]:
         """A trace of the guide, and the gates between its sites."""

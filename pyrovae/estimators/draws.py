@@ -13,11 +13,12 @@ from jaxtyping import Float, Shaped
 from pyro.distributions.util import scale_and_mask, sum_rightmost
 from torch import Tensor
 
-from pyrovae.estimators.kl import ClosedForm, SiteKL, closed_forms
+from pyrovae.estimators.kl import ClosedForm, SiteKL, closed_forms, sources
 from pyrovae.estimators.layout import Layout, Site, check_one_plate, plates_of
 from pyrovae.estimators.traces import (
     Gates,
     Program,
+    is_auxiliary,
     masked_outside,
     replaced,
     replayed,
@@ -61,16 +62,16 @@ class Draws:
         self.model_trace, self.guide_trace = model_trace, guide_trace
         self._weights_held: list[Tensor] = []  # a list, so that hooks hold nothing of what is computed
         self.guide_sites = sample_sites(guide_trace)
-        self._in_model = sample_sites(model_trace)
-        self.observed_sites = {n: s for n, s in self._in_model.items() if s["is_observed"]}
-        self.model_sites = {n: s for n, s in self._in_model.items() if not s["is_observed"]}
+        self.sites_in_model = sample_sites(model_trace)
+        self.observed_sites = {n: s for n, s in self.sites_in_model.items() if s["is_observed"]}
+        self.model_sites = {n: s for n, s in self.sites_in_model.items() if not s["is_observed"]}
         self._validate()
         self.layout = Layout(self.all_sites(), num_particles, joint=joint)
         self.batch_size, self.subsampling = self.layout.batch_size, self.layout.subsampling
 
     def all_sites(self) -> list[Site]:
         """The latent sites of the guide, then all of the model."""
-        return [*self.guide_sites.values(), *self._in_model.values()]
+        return [*self.guide_sites.values(), *self.sites_in_model.values()]
 
     def jointly(self) -> "Draws":
         """The same particles with all data taken as a single datum."""
@@ -78,36 +79,36 @@ class Draws:
         return Draws(*traces, self.num_particles, self.model, self.gates, joint=True)
 
     @cached_property
-    def ties_data(self) -> bool:
-        """Whether data depend on each other by a site outside their plates: a latent one, or one that may
-        depend on latent ones since it comes after one inside."""
-        outside = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
-        return bool(outside or self._after_latents(self._in_model))
+    def has_latents_outside(self) -> bool:
+        """Whether a latent site stands outside the data's plates."""
+        return not all(self.layout.is_inside(site) for site in self.guide_sites.values())
 
-    @cached_property
-    def chains_data(self) -> bool:
-        """Whether a latent site outside the data's plates comes after one inside, on which it may depend."""
-        return any(
-            not site["is_observed"]
-            for sites in (self.guide_sites, self._in_model)
-            for site in self._after_latents(sites)
-        )
-
-    def _after_latents(self, sites: dict[str, Site]) -> list[Site]:
-        """The sites outside the data's plates that come after a latent site inside."""
-        after, latent_seen = [], False
-        for site in sites.values():
-            if self.layout.is_inside(site):
-                latent_seen |= not site["is_observed"]
-            elif latent_seen:
-                after.append(site)
-        return after
+    def after_latents(self, sites: dict[str, Site]) -> tuple[list[str], list[str]]:
+        """Latent sites inside the data's plates, and sites outside that come after one and may depend on it."""
+        inside, after = [], []
+        for name, site in sites.items():
+            if not self.layout.is_inside(site):
+                after += [name] if inside else []
+            elif not site["is_observed"]:
+                inside.append(name)
+        return inside, after
 
     def _validate(self) -> None:
-        if self.guide_sites.keys() != self.model_sites.keys() or not self.guide_sites:
+        for site in self.all_sites():
+            if how := site["infer"].get("enumerate"):
+                raise ValueError(
+                    f"expected no enumerated site, got infer={{'enumerate': {how!r}}} at site "
+                    f"{site['name']!r}: use Pyro's TraceEnum_ELBO, or the estimator 'enumerate'"
+                )
+        for name, site in self.guide_sites.items():
+            if site["is_observed"] and not is_auxiliary(site):
+                raise ValueError(f"expected a guide that observes nothing, got data at site {name!r}")
+        latents = {name for name, site in self.guide_sites.items() if not is_auxiliary(site)}
+        if latents != self.model_sites.keys():
             raise ValueError(
                 f"expected model and guide to sample the same latent sites, got "
-                f"{sorted(self.model_sites)} in the model and {sorted(self.guide_sites)} in the guide"
+                f"{sorted(self.model_sites)} in the model and {sorted(latents)} in the guide: mark those that "
+                "the guide alone needs by infer={'is_auxiliary': True}"
             )
         if not self.observed_sites:
             raise ValueError("expected a model that observes data, got none: pass obs= to a pyro.sample")
@@ -190,12 +191,12 @@ class Draws:
                 - log q(z|x).
         """
         of_guide = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
-        of_model = [site for site in self._in_model.values() if not self.layout.is_inside(site)]
+        of_model = [site for site in self.sites_in_model.values() if not self.layout.is_inside(site)]
         if later is None and not of_guide and not of_model:
             return signal.detach() * self.score
         if outside is None:
             outside = self._sum(of_model) - self._sum(of_guide)
-        late = self.batch_size * self._sum(self._after_latents(self._in_model))
+        late = self.batch_size * self._sum(self._late)
         terms = []
         for name, site in self.guide_sites.items():
             influenced = signal if later is None else signal + later[name]
@@ -206,6 +207,12 @@ class Draws:
             terms.append(influenced.detach() * self._score([site]))
         return torch.stack(terms).sum(0)
 
+    @property
+    def _late(self) -> list[Site]:
+        """The observed sites outside the data's plates that come after a latent site inside."""
+        _, after = self.after_latents(self.sites_in_model)
+        return [self.observed_sites[name] for name in after if name in self.observed_sites]
+
     def _score(self, sites: Iterable[Site]) -> Float[Tensor, "K B"]:
         return self._sum(
             [
@@ -214,6 +221,15 @@ class Draws:
             ],
             scaled=False,
         )
+
+    @cached_property
+    def _samples(self) -> dict[str, Tensor]:
+        """Views of the latent samples, the ones that the model has seen where it has seen any."""
+        drawn = {name: site["value"] for name, site in self.guide_sites.items() if not site["is_observed"]}
+        return {
+            name: self.model_sites[name]["value"] if name in self.model_sites else value.view_as(value)
+            for name, value in drawn.items()
+        }
 
     @cached_property
     def log_guide_fixed(self) -> Float[Tensor, "K B"]:
@@ -233,11 +249,10 @@ class Draws:
         for name, slope in zip(self.gates.samples, slopes[len(copies) :], strict=True):
             slope_of[name] = slope_of[name] + slope
         terms = [log_guide.detach()]
-        for name, site in self.model_sites.items():
-            moved = (site["value"] - site["value"].detach()) * slope_of[name]
-            guide_site = self.guide_sites[name]
-            rows = self.layout.rows(sum_rightmost(moved, site["fn"].event_dim), guide_site)
-            terms.append(rows if self.layout.is_inside(guide_site) else rows * self.subsampling)
+        for name, sample in self._samples.items():
+            site, moved = self.guide_sites[name], (sample - sample.detach()) * slope_of[name]
+            rows = self.layout.rows(sum_rightmost(moved, site["fn"].event_dim), site)
+            terms.append(rows if self.layout.is_inside(site) else rows * self.subsampling)
         return torch.stack(terms).sum(0)
 
     def weigh_samples(self, weights: Float[Tensor, "K B"]) -> None:
@@ -248,11 +263,10 @@ class Draws:
         """
         first, held = not self._weights_held, self._weights_held
         held[:] = [weights]
-        for name, site in self.guide_sites.items() if first else ():
-            value = self.model_sites[name]["value"]
-            if value.requires_grad:
-                shape = self.layout.as_batch(weights, site).shape
-                value.register_hook(lambda gradient, shape=shape: gradient * held[0].reshape(shape))
+        for name, sample in self._samples.items() if first else ():
+            if sample.requires_grad:
+                shape = self.layout.as_batch(weights, self.guide_sites[name]).shape
+                sample.register_hook(lambda gradient, shape=shape: gradient * held[0].reshape(shape))
 
     def check_separate(self, name: str) -> None:
         """Checks that each datum stands by itself in one plate at dim -1, as some estimators need it.
@@ -263,7 +277,7 @@ class Draws:
         Raises:
             ValueError: It does not.
         """
-        harmless = set(self.observed_sites) - {site["name"] for site in self._after_latents(self._in_model)}
+        harmless = self.observed_sites.keys() - {site["name"] for site in self._late}
         sites = [site for site in self.all_sites() if site["name"] not in harmless or plates_of(site)]
         check_one_plate(sites, name)
 
@@ -284,15 +298,35 @@ class Draws:
     @cached_property
     def closed_forms(self) -> dict[str, ClosedForm]:
         """For each latent site, its KL in closed form and where it may be used."""
-        return closed_forms(self.model_sites, self.guide_sites)
+        return closed_forms(self.model_sites, self._guide_densities)
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """For each latent site that is the very sample of an auxiliary site, which site that is."""
+        return sources(self.guide_sites)
+
+    @cached_property
+    def _guide_densities(self) -> dict[str, Site]:
+        """The sites of the guide, those that are an auxiliary sample with its distribution and in its place."""
+        sites, users = self.guide_sites, {source: name for name, source in self.sources.items()}
+        ordered = [users.get(name, name) for name in sites if name not in self.sources]
+        return {
+            name: sites[name] | {"fn": sites[self.sources[name]]["fn"]} if name in self.sources else sites[name]
+            for name in ordered
+        }
 
     @cached_property
     def kls(self) -> dict[str, SiteKL]:
-        """What each latent site adds to KL(q(z|x) || p(z)), in closed form where it may be used."""
-        return {name: self._site_kl(name, form) for name, form in self.closed_forms.items()}
+        """What each site of the guide adds to KL(q(z|x) || p(z)), in closed form where it may be used.
 
-    def _site_kl(self, name: str, form: ClosedForm) -> SiteKL:
-        model_site, guide_site = self.model_sites[name], self.guide_sites[name]
+        A latent site that is the very sample of an auxiliary site stands for both.
+        """
+        return {name: self._site_kl(name, site) for name, site in self._guide_densities.items()}
+
+    def _site_kl(self, name: str, guide_site: Site) -> SiteKL:
+        if name not in self.model_sites:
+            return SiteKL(0.0, self._log_prob(guide_site), 0.0)
+        model_site, form = self.model_sites[name], self.closed_forms[name]
         closed = log_guide = log_prior = 0.0
         if form.where is not False:
             closed = self._scaled(form.kl, masked_outside(model_site, form.where))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyrovae.estimators.antithetic import innermost
 from pyrovae.estimators.layout import Site, plates_of
-from pyrovae.estimators.traces import known, masked_outside
+from pyrovae.estimators.traces import is_auxiliary, known, masked_outside
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,32 @@ def closed_forms(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> 
 
     Args:
         model_sites: The latent sites in the model's order.
-        guide_sites: The same sites in the guide's order.
+        guide_sites: The same sites, and auxiliary ones, in the guide's order.
 
     Source: Pyro's `TraceMeanField_ELBO`, which uses the closed forms in any order and warns.
     """
-    return {name: _closed_form(name, model_sites, guide_sites) for name in guide_sites}
+    return {name: _closed_form(name, model_sites, guide_sites) for name in guide_sites if name in model_sites}
+
+
+def sources(guide_sites: dict[str, Site]) -> dict[str, str]:
+    """For each point that is the very sample of an auxiliary site, which site that is.
+
+    Pyro's AutoNormal has such points for real numbers. The KL of other points has no closed form.
+    """
+    points = {name: fn for name, site in guide_sites.items() if isinstance(fn := innermost(site["fn"]), Delta)}
+    auxiliary = {n: site for n, site in guide_sites.items() if is_auxiliary(site) and n not in points}
+    return {
+        name: source
+        for name, point in points.items()
+        for source, site in auxiliary.items()
+        if not point.log_density.requires_grad and _is_same(point.v, site["value"])
+    }
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    layouts = [(t.shape, t.stride(), t.storage_offset()) for t in (a, b)]
+    return layouts[0] == layouts[1] and torch._C._is_alias_of(a, b)
 
 
 def _closed_form(name: str, model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> ClosedForm:

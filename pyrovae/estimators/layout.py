@@ -104,7 +104,7 @@ class Layout:
             sizes[plate.dim] = plate.size
         batch_dims = site["value"].dim() - site["fn"].event_dim
         shape = [self.num_particles, *sizes][self.depth + 1 - batch_dims :]
-        return rows.reshape(*shape, *[1] * site["fn"].event_dim)
+        return rows.reshape(shape + [1] * site["fn"].event_dim)
 
     def is_for_particles(self, site: Site) -> bool:
         """Whether a site's value is another one for each particle."""

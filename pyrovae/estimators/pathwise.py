@@ -86,13 +86,14 @@ class AnalyticKL(Estimator):
             if not draws.layout.is_inside(draws.guide_sites[name]):
                 outside = outside + (kl.log_prior - kl.log_guide)
         later, so_far = {}, torch.zeros_like(signal)
-        for name, kl in reversed(draws.kls.items()):
+        closed = {draws.sources.get(name, name): kl.closed for name, kl in draws.kls.items()}
+        for name in reversed(draws.guide_sites):
             later[name] = so_far
-            so_far = so_far - kl.closed
+            so_far = so_far - closed.get(name, 0.0)
         return (explicit + draws.scored(signal, later=later, outside=outside)).mean(0)
 
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
-        return torch.stack([kl.value for kl in draws.kls.values()]).sum(0).mean(0)
+        return sum(kl.value for kl in draws.kls.values()).mean(0)
 
 
 class StickingTheLanding(Elbo):

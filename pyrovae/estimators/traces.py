@@ -103,10 +103,39 @@ def sample_sites(trace: poutine.Trace) -> dict[str, Site]:
     }
 
 
-def point_masses(guide_trace: poutine.Trace) -> list[str]:
-    """The guide's sites that put all their mass on a point, and bring no density of their own."""
-    bases = {name: innermost(site["fn"]) for name, site in sample_sites(guide_trace).items()}
-    return [n for n, q in bases.items() if isinstance(q, Delta) and not q.log_density.requires_grad]
+def is_auxiliary(site: Site) -> bool:
+    """Whether a site of a guide is one that the model lacks, by its `infer={"is_auxiliary": True}`."""
+    return bool(site["infer"].get("is_auxiliary"))
+
+
+def point_masses(guide_trace: poutine.Trace, gates: Gates) -> list[str]:
+    """The guide's sites that put all their mass on a point, and bring no density of their own.
+
+    A point that is made of a sample of an auxiliary site, as in Pyro's autoguides, has that site's density.
+    Without gradients it cannot be told what a point is made of: beside such a site it then counts as none.
+    """
+    sites = sample_sites(guide_trace)
+    points = {name: q for name, site in sites.items() if isinstance(q := innermost(site["fn"]), Delta)}
+    sources = [name for name, site in sites.items() if is_auxiliary(site) and name not in points]
+    nodes = {gates.samples[name].grad_fn for name in sources if name in gates.samples}
+
+    def has_source(point: Tensor) -> bool:
+        return bool(sources) and (not point.requires_grad or _is_made_of(point, nodes))
+
+    return [n for n, q in points.items() if not q.log_density.requires_grad and not has_source(q.v)]
+
+
+def _is_made_of(tensor: Tensor, nodes: set) -> bool:
+    """Whether a tensor's graph has one of these nodes."""
+    ahead, seen = [tensor.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node in nodes:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def masked_outside(site: Site, mask: Tensor | bool | None = None) -> Site:

@@ -29,7 +29,7 @@ def check_weights(draws: Draws, name: str) -> None:
             f"expected no subsampling for {name} where data depend on each other by a site outside their "
             "plate: importance weights are then those of all data, which a part of them does not give"
         )
-    for site in draws.guide_sites:
+    for site in draws.model_sites:
         in_model, in_guide = draws.model_sites[site], draws.guide_sites[site]
         if known(same(*(masked_outside(each)["mask"] for each in (in_model, in_guide)))) is False:
             raise ValueError(
