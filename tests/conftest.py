@@ -24,6 +24,18 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 torch.set_num_threads(int(os.environ.get("PYROVAE_THREADS", "1")))
 
+# Fixtures that take seconds, so that only one process should make them for all tests of a file.
+SHARED = {"made", "finished", "place", "usual", "discrete", "along", "of_testbed", "repository"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Tests of a file that share what takes long run in one process, by `--dist loadgroup` of pytest-xdist."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if not SHARED.isdisjoint(item.fixturenames):
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
 
 @pytest.fixture(autouse=True)
 def _isolated():

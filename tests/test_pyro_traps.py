@@ -145,7 +145,7 @@ def test_9_beta_zero_is_refused_and_another_is_no_importance_weight(make_vae):
     torch.testing.assert_close(draws.log_guide, 3 * q.log_prob(z)[None])
     torch.testing.assert_close(draws.score, q.log_prob(z.detach())[None])
     torch.testing.assert_close(
-        draws.kl, 3 * torch.distributions.kl_divergence(q, draws.model_sites["z"]["fn"])[None]
+        draws.kls["z"].value, 3 * torch.distributions.kl_divergence(q, draws.model_sites["z"]["fn"])[None]
     )
 
 
