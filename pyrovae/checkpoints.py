@@ -80,6 +80,8 @@ def explained(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except _RAISED_BY_DAMAGE as error:
+        if "out of memory" in str(error):
+            raise
         reason = _first_line(error)
     except pickle.UnpicklingError:
         reason = "contents that only an unsafe load would read"
@@ -101,7 +103,9 @@ _RAISED_BY_DAMAGE = (
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__} {str(error).strip().splitlines()[0] if str(error).strip() else ''}".strip()
+    """The kind of an error and the line that says something; torch's list of wrong weights has a head."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    return f"{type(error).__name__} {lines[1] if lines[0].endswith(':') and lines[1:] else lines[0]}".strip()
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

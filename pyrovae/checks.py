@@ -74,7 +74,8 @@ def check_guide(
     if draws < LEAST_EFFECTIVE:
         raise ValueError(f"expected draws >= {LEAST_EFFECTIVE}, got {draws}")
     if x.dim() != 2 or len(x) < 2:
-        raise ValueError(f"expected x of shape (B, D), B >= 2, got {tuple(x.shape)}")
+        remedy = ": flatten images with images.flatten(1)" if x.dim() == 4 else ""
+        raise ValueError(f"expected x of shape (B, D), B >= 2, got {tuple(x.shape)}{remedy}")
     check_pixels(x, "x")
     use_rep = not guide.discrete if use_rep is None else use_rep
     with _undisturbed(guide, seed, x.device):

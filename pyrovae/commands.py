@@ -105,7 +105,14 @@ def _one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        _fail(f"out of memory ({error}): try a smaller network or --batch-size", EXIT_FAILED)
+        _fail(f"out of memory ({error}){_less_memory()}", EXIT_FAILED)
+
+
+def _less_memory() -> str:
+    """Which options of the command at hand ask for less memory."""
+    options = [option for param in click.get_current_context().command.params for option in param.opts]
+    fewer = [option for option in ("--batch-size", "--images", "-n", "--limit", "--ais") if option in options]
+    return f": lower {' or '.join(fewer)}" if fewer else ""
 
 
 def _with_flags(message: str) -> str:
@@ -629,7 +636,7 @@ def _side_by_side(run: tuple[str, ...], out: str | None, dpi: int, cuda: bool, *
 def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any) -> None:
     with _one_line_errors():
         path = Path(run) / "latents.npz" if out is None else Path(out)
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             raise ValueError(f"expected out with the suffix .npz, got {path}")
         if out is not None and path.exists() and not force:
             raise ValueError(f"expected out that is not there yet, or --force to replace it, got {path}")

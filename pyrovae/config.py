@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from pyrovae.data import DATASETS, Dataset, load_dataset
 from pyrovae.estimators import ESTIMATORS, Estimator
 from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
+from pyrovae.inputs import check_above
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
 from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
 from pyrovae.vae import VAE
@@ -255,13 +255,13 @@ class Config:
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")
         if self.limit is not None and min(n for n in self.limit if n is not None) < 1:
-            raise ValueError(f"expected limit of at least 1 image, got {self.limit}")
+            counts = "/".join(str(n) for n in self.limit if n is not None)
+            raise ValueError(f"expected limit of at least 1 image, got {counts}")
         if self.kl_warmup < 0:
             raise ValueError(f"expected kl_warmup >= 0, got {self.kl_warmup}")
         for name, least in (("beta", 0), ("lr", 0), ("refine_lr", 0), ("df", 2)):
-            value = getattr(self, name)
-            if value is not None and not least < value < math.inf:
-                raise ValueError(f"expected {name} > {least}, got {value}")
+            if getattr(self, name) is not None:
+                check_above(name, getattr(self, name), least)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
         for field in fields(self):
@@ -317,7 +317,9 @@ class Config:
             ValueError: It is to be conditional and there are no classes.
         """
         if self.conditional and not classes:
-            raise ValueError("expected conditional with labels of 0 and up for every image, got images without")
+            raise ValueError(
+                "expected conditional with labels of 0 and up for every image, got images without such"
+            )
         classes = classes if self.conditional else 0
         likelihood, network = self.make_likelihood(levels), self.make_network()
         with torch.random.fork_rng(devices=[]):

@@ -375,6 +375,11 @@ def read_arrays(path: Path) -> Source:
             else:
                 file.seek(0)
                 arrays = dict(np.load(file, allow_pickle=False))
+    except MemoryError as error:
+        raise ValueError(
+            f"expected {path} to fit into memory, got: {_reason(error)}: save its images alone as a .npy, "
+            "which is read from the file batch by batch"
+        ) from None
     except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
         raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
     known = {"images", "labels", "test_images", "test_labels"}

@@ -2,7 +2,6 @@
 
 import abc
 import inspect
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch.nn.functional import softplus
 
 from pyrovae.buffers import kept_buffers
 from pyrovae.distributions import Flow, GaussianMixture
+from pyrovae.inputs import check_above
 from pyrovae.networks import Encoder
 
 SCALE_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -211,8 +211,7 @@ class StudentT(Headed):
     """
 
     def __init__(self, encoder: Encoder, latent_dim: int, *, df: float = 5.0, scale_head: str = "exp"):
-        if not 2 < df < math.inf:
-            raise ValueError(f"expected df > 2, where the KL to a normal prior is finite, got {df}")
+        check_above("df", df, 2, ", where the KL to a normal prior is finite")
         super().__init__(encoder, {"loc": latent_dim, "scale": latent_dim}, scale_head)
         self.df = df
 
@@ -491,9 +490,9 @@ def _trunk(guide: Guide) -> dict[str, slice]:
 
 def _check_positive(**settings: int | float) -> None:
     for name, value in settings.items():
-        if not 0 < value < math.inf:
-            least = ">= 1" if isinstance(value, int) else "> 0"
-            raise ValueError(f"expected {name} {least}, got {value}")
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+        check_above(name, value)
 
 
 GUIDES: dict[str, type[Guide]] = {

@@ -165,6 +165,20 @@ def check_codes(z: Tensor, latent_dim: int) -> None:
         raise ValueError("expected finite codes z, got others")
 
 
+def check_above(name: str, value: int | float, least: int | float = 0, why: str = "") -> None:
+    """Checks that a setting is finite and above a number.
+
+    Args:
+        why: What to say behind the number.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not least < value < math.inf:
+        wanted = "to be finite" if value == math.inf else f"> {least}{why}"
+        raise ValueError(f"expected {name} {wanted}, got {value}")
+
+
 def _check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")

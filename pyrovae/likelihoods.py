@@ -262,7 +262,7 @@ class Gaussian(Likelihood):
 
     def __post_init__(self):
         if self.c != "learned" and not (isinstance(self.c, float | int) and 0 < self.c < math.inf):
-            raise ValueError(f"expected c to be a variance > 0 or 'learned', got {self.c!r}")
+            raise ValueError(f"expected c to be a finite variance > 0 or 'learned', got {self.c!r}")
 
     @property
     def learned(self) -> Mapping[str, float]:

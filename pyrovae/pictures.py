@@ -316,7 +316,7 @@ def _comparable(
     if len(several) < 2 or len({Path(run).resolve() for run in several}) < len(several):
         raise ValueError(f"expected at least two runs, and none twice, got {', '.join(map(str, several))}")
     if split == "all":
-        raise ValueError("expected split of one kind, got all")
+        raise ValueError(f"expected split in {', '.join(s for s in SPLITS if s != 'all')}, got 'all'")
     loaded = [runs.load(run, which=which, device=device) for run in several]
     kinds = ["VAE" if vae.posterior.density else "autoencoder" for vae in loaded]
     short = [Path(run).resolve().name for run in several]
@@ -399,7 +399,7 @@ class Latents:
             ValueError: It cannot be written there.
         """
         arrays = {name: value.detach().numpy() for name, value in vars(self).items() if value is not None}
-        path = Path(path) if Path(path).suffix == ".npz" else Path(f"{path}.npz")
+        path = Path(path) if Path(path).suffix.lower() == ".npz" else Path(f"{path}.npz")
         with writing(path), replacing(path) as file:
             np.savez(file, **arrays)
 

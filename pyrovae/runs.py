@@ -173,11 +173,19 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
     files = {"best": "best.pt", "last": "checkpoint.pt"}
     if which not in files:
         raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a device that PyTorch has here, got {device}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise ValueError(f"expected a device that PyTorch has here, got {device}") from None
     directory = Path(run)
     config, data = read_config(directory)
     path = directory / files[which]
+    if which == "best" and not path.exists() and (directory / files["last"]).exists():
+        raise RunError(
+            f"expected a run of at least one epoch in {run}, got none that is whole: resume it first"
+        )
     state = load_checkpoint(path, device)
     with explained(path):
         vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
@@ -195,8 +203,10 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     try:
         contents = json.loads(path.read_text())
         return Config.from_json(contents["config"]), contents["data"]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"expected a run directory with config.json at {run}, got none") from None
+    except OSError as error:
+        raise RunError(f"expected a run directory whose config.json can be read, got: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
 

@@ -101,7 +101,7 @@ def read_recipe(name: str) -> Recipe:
     Raises:
         SweepError: There is no such recipe, or it is not one.
     """
-    path = Path(name) if name.endswith(".toml") else files("pyrovae") / "recipes" / f"{name}.toml"
+    path = Path(name) if name.lower().endswith(".toml") else files("pyrovae") / "recipes" / f"{name}.toml"
     try:
         contents = tomllib.loads(path.read_text())
     except OSError:

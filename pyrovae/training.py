@@ -145,9 +145,9 @@ def fit(
         density, `elbo` and `kl` are None, and that loss is SSE/(2c).
 
     Raises:
-        ValueError: epochs or batch_size is less than 1, the images are none that the VAE takes (see
-            `VAE.check`) or lie on another device, a KL warm-up would spoil importance weights, or the process
-            group is on GPUs only.
+        ValueError: epochs or batch_size is less than 1, a parameter is not finite, the images are none that the
+            VAE takes (see `VAE.check`) or lie on another device, a KL warm-up would spoil importance weights,
+            or the process group is on GPUs only.
         DivergedError: A term or a parameter was not finite at the end of an epoch.
         CheckpointError: There is no checkpoint to resume, or it does not fit.
         LockedError: Another process is writing to the directory.
@@ -167,6 +167,9 @@ def fit(
             raise ValueError(
                 f"expected {name} on {here}, the VAE's device, got {there}: use {name}.to({str(here)!r})"
             )
+    for name, parameter in vae.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"expected a VAE of finite parameters, got others in {name}: make it anew")
     estimator = estimator or Elbo()
     if kl_warmup and estimator.importance_weighted:
         raise ValueError(f"expected kl_warmup 0 for {type(estimator).__name__}, got {kl_warmup}")

@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from pyrovae.data import Images
 from pyrovae.guides import Guide
-from pyrovae.inputs import check_codes, check_flat, check_labels, check_layout, check_pixels
+from pyrovae.inputs import check_above, check_codes, check_flat, check_labels, check_layout, check_pixels
 from pyrovae.likelihoods import Likelihood
 from pyrovae.networks import Decoder
 
@@ -76,8 +76,7 @@ class VAE(PyroModule):
             raise ValueError(f"expected classes >= 0, got {classes}")
         if latent_dim < 1:
             raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
-        if not beta > 0:
-            raise ValueError(f"expected beta > 0, got {beta}")
+        check_above("beta", beta)
         self.likelihood = likelihood
         self.decoder = decoder
         self.posterior = guide
