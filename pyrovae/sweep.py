@@ -221,15 +221,12 @@ class Sweep:
         else:
             write_atomically(recipe, _toml(self.recipe.shared | cell))
             arguments = ["--recipe", str(recipe), "--out", str(run)]
-        with open(self.directory / "cells" / f"{name}.log", "a") as log:
+        printed = self.directory / "cells" / f"{name}.log"
+        with open(printed, "a") as log:
+            before = log.tell()  # what it printed when it was started before
             command = [sys.executable, "-m", "pyrovae.cell", "train", *arguments, "--quiet"]
             code = processes.run(command, log, distributed.without_launcher(os.environ))
-        if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
-        if code > 128:
-            return f"stopped by {signal.Signals(code - 128).name}"
-        lines = (self.directory / "cells" / f"{name}.log").read_text().strip().splitlines()
-        return "finished" if code == 0 else (lines or ["exit without a word"])[-1].removeprefix("Error: ")
+        return _ending(code, printed.read_bytes()[before:].decode(errors="replace"))
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each cell but for its seed: its settings, the number of seeds, mean and spread of metrics.
@@ -275,6 +272,24 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(cells)
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _ending(code: int, printed: str) -> str:
+    """How a process ended: "finished", the signal that ended it, or what it printed last.
+
+    Args:
+        code: 0; minus the number of the signal that killed it; 128 and the number of the signal at which it
+            stopped by itself; or the exit code of a failure.
+    """
+    signals = {number.value: number.name for number in signal.Signals}
+    if code == 0:
+        return "finished"
+    if code < 0:
+        return f"killed by {signals.get(-code, f'signal {-code}')}"
+    if code - 128 in signals:
+        return f"stopped by {signals[code - 128]}"
+    lines = printed.strip().splitlines() or [f"exit code {code} without a word"]
+    return lines[-1].removeprefix("Error: ")
 
 
 def _state(run: Path) -> str:

@@ -12,6 +12,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from pyrovae import sweep
 from pyrovae.checkpoints import read_metrics
 from pyrovae.cli import main
 from pyrovae.config import Config
@@ -132,6 +133,42 @@ def test_finished_cells_are_skipped_and_another_sweep_is_refused(tmp_path, in_pr
     other = sweep_command("--over", "latent_dim=1,2,3", *OPTIONS, "--out", out)
     assert (other.exit_code, other.output.count("\n")) == (2, 1)
     assert "of the same sweep" in other.output
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        (0, "finished"),
+        (1, "what it said"),
+        (2, "what it said"),
+        (127, "what it said"),
+        (128, "what it said"),  # no signal has the number 0
+        (129, "stopped by SIGHUP"),
+        (130, "stopped by SIGINT"),
+        (143, "stopped by SIGTERM"),
+        (128 + 99, "what it said"),  # nor 99
+        (255, "what it said"),
+        (-1, "killed by SIGHUP"),
+        (-9, "killed by SIGKILL"),
+        (-40, "killed by signal 40"),  # a signal without a name
+    ],
+)
+def test_an_exit_code_is_read_as_shells_do(code, ending):
+    assert sweep._ending(code, "first\nError: what it said\n") == ending
+
+
+@pytest.mark.parametrize("code", [1, 128])
+def test_a_cell_that_ends_without_a_word_is_not_given_those_of_an_earlier_try(tmp_path, monkeypatch, code):
+    words = iter(["Error: the first time\n", ""])
+
+    def run(processes, command, log, environment):
+        log.write(next(words))
+        return code
+
+    monkeypatch.setattr(Processes, "run", run)
+    cells = Sweep(tmp_path / "sweep", Recipe(({"seed": 0},), TINY))
+    assert cells.run() == {"seed-0": "the first time"}
+    assert cells.run() == {"seed-0": f"exit code {code} without a word"}
 
 
 def test_a_cell_that_fails_is_reported_and_does_not_stop_the_rest(tmp_path, in_process):
