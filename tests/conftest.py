@@ -1,28 +1,35 @@
 """Shapes in signatures are checked while the tests run; each test gets its own random and Pyro state."""
 
+import os
+from pathlib import Path
+
+import hypothesis
 import jaxtyping
-from jaxtyping import install_import_hook
+import pytest
 
-# Before anything of pyrovae is imported: jaxtyping's annotations are checked by beartype from here on.
-install_import_hook("pyrovae", "beartype.beartype")
-
-import os  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import hypothesis  # noqa: E402
-import matplotlib  # noqa: E402
-import pyro  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from pyrovae import runs  # noqa: E402
-from pyrovae.config import Config  # noqa: E402
-from pyrovae.vae import VAE  # noqa: E402
-
-matplotlib.use("Agg")
+# Fixtures import torch and pyrovae. This file does not: that takes seconds, also in the process that starts the
+# others, which has no use for them.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
-torch.set_num_threads(int(os.environ.get("PYROVAE_THREADS", "1")))
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _jaxtyped_once(*, typechecker):
+    """Checks functions of modules and classes only.
+
+    A function within a function is made anew at each call, and to decorate it each time took a fifth of the
+    time of all tests. No such function has shapes in its signature, which a test of the architecture checks.
+    """
+
+    def decorate(made):
+        return made if "<locals>" in made.__qualname__ else _jaxtyped(made, typechecker=typechecker)
+
+    return decorate
+
+
+# Before anything of pyrovae is imported: jaxtyping's annotations are checked by beartype from here on.
+jaxtyping.jaxtyped = _jaxtyped_once
+jaxtyping.install_import_hook("pyrovae", "beartype.beartype")
 
 # Fixtures that take seconds, so that only one process should make them for all tests of a file.
 SHARED = {"made", "finished", "place", "usual", "discrete", "along", "of_testbed", "repository"}
@@ -37,9 +44,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _alike():
+    """One thread, unless another number is asked for, and no windows."""
+    import matplotlib
+    import torch
+
+    matplotlib.use("Agg")
+    torch.set_num_threads(int(os.environ.get("PYROVAE_THREADS", "1")))
+
+
 @pytest.fixture(autouse=True)
 def _isolated():
     """No test sees another's random state or Pyro parameters."""
+    import pyro
+
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         yield
@@ -48,6 +67,8 @@ def _isolated():
 @pytest.fixture
 def no_figures(monkeypatch):
     """A finished run is not pictured, which takes longer than a short run: the last of its figures is empty."""
+
+    from pyrovae import runs
 
     def picture(directory: Path, *args) -> None:
         (directory / "figures" / f"{runs.LAST_FIGURE}.png").touch()
@@ -67,8 +88,9 @@ def unchecked():
 @pytest.fixture
 def make_vae():
     """make_vae(shape, levels, classes, **settings of Config) -> VAE."""
+    from pyrovae.config import Config
 
-    def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, classes: int = 0, **settings) -> VAE:
+    def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, classes: int = 0, **settings):
         return Config(**settings).make_vae(shape, levels, classes)
 
     return make

@@ -2,14 +2,18 @@
 
 import ast
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from types import GenericAlias
 
+import jaxtyping
 import pytest
+import torch
 
 import pyrovae
 from pyrovae import estimators, guides, likelihoods, networks
 from pyrovae.data import DATASETS
+from pyrovae.evaluation import variance_of_means
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
@@ -49,6 +53,28 @@ def imports(path: Path) -> set[str]:
 
 def modules() -> dict[str, list[Path]]:
     return {m: [*PACKAGE.glob(f"{m}.py"), *PACKAGE.glob(f"{m}/*.py")] for m in FLOOR_OF}
+
+
+def functions_within(node: ast.AST, within: bool = False) -> Iterator[ast.FunctionDef]:
+    for child in ast.iter_child_nodes(node):
+        is_function = isinstance(child, ast.FunctionDef)
+        if is_function and within:
+            yield child
+        yield from functions_within(child, within or is_function)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_functions_within_functions_have_no_shapes(path):
+    """The tests check the shapes of all others (`conftest.py`)."""
+    for function in functions_within(ast.parse(path.read_text())):
+        signature = f"{ast.unparse(function.args)} -> {function.returns and ast.unparse(function.returns)}"
+        assert "[Tensor, '" not in signature, f"{function.name}({signature})"
+
+
+def test_shapes_are_checked():
+    assert variance_of_means(torch.zeros(3, 2)).tolist() == [0, 0]
+    with pytest.raises(jaxtyping.TypeCheckError, match="means"):
+        variance_of_means(torch.zeros(3))
 
 
 def test_every_module_has_a_floor():
