@@ -43,7 +43,7 @@ JUDGES = {
     "checkpoints": ("training", "whole_files", "config", "pyro_traps"),
     "comparison": ("comparison", "laboratory"),
     "data": ("data", "files", "config"),
-    "distributions": ("guides", "vae", "posterior_gap"),
+    "distributions": ("distributions", "guides", "vae", "posterior_gap"),
     "estimators/antithetic": ("antithetic", "estimators", "guides"),
     "estimators/base": ("estimators", "plates", "scales_and_masks", "pyro_traps", "testbed"),
     "estimators/draws": ("run_once", "scales_and_masks", "analytic_kl", "estimators", "plates", "pyro_traps"),

@@ -17,7 +17,7 @@ from pyrovae import assessment, runs
 from pyrovae.assessment import Assessment, Average, Bounds, Examination, Weighing
 from pyrovae.config import Config
 from pyrovae.data import Dataset, Images
-from pyrovae.estimators import Elbo
+from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation import (
     Probes,
     bits_per_dim,
@@ -233,6 +233,48 @@ def test_the_elbo_is_that_of_evaluate(make_vae):
     other = evaluate(vae, Images(data.test.pixels.repeat(200, 1, 1, 1)))
     assert found.elbo.mean == pytest.approx(other.bound, abs=0.05)
     assert found.reconstruction.mean == pytest.approx(other.reconstruction, abs=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10])
+def test_every_image_counts_once_whatever_the_batches(make_vae, batch_size):
+    """Also those of the last, smaller batch: terms without noise, against each image's own."""
+    vae, images = make_vae(likelihood="gaussian", hidden=(8,)), random_images(10)
+    with torch.no_grad():
+        q = vae.posterior(images.pixels.flatten(1))
+    kl = (0.5 * (q.mean**2 + q.variance - 1) - q.stddev.log()).sum(-1)
+    found = evaluate(vae, images, estimator=AnalyticKL(), batch_size=batch_size)
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert found.elbo == pytest.approx(found.reconstruction - found.kl)
+    assert found.bound == pytest.approx(found.elbo, rel=1e-5)
+    assert found.num_pixels == 64
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10])
+def test_an_autoencoder_has_a_reconstruction_and_no_elbo(make_vae, batch_size):
+    vae, images = make_vae(guide="point", likelihood="gaussian", hidden=(8,)), random_images(10)
+    x = images.pixels.flatten(1)
+    with torch.no_grad():
+        log_lik = vae.log_lik(vae.posterior(x).mean, x)
+    found = evaluate(vae, images, estimator=Reconstruction(), batch_size=batch_size)
+    assert found.kl is found.elbo is None
+    assert found.reconstruction == pytest.approx(log_lik.mean().item(), rel=1e-5)
+    assert found.bound == pytest.approx(found.reconstruction)
+
+
+def test_bits_per_dimension_by_hand():
+    """3 pixels of 8 levels, each of them equally likely, take 3 bits each: log p(x) = -3 log 8."""
+    categorical, bernoulli = LIKELIHOODS["categorical"](levels=8), LIKELIHOODS["bernoulli"]()
+    assert bits_per_dim(categorical, -3 * math.log(8), 3) == pytest.approx(3)
+    assert bits_per_dim(bernoulli, -10 * math.log(2), 5) == pytest.approx(2)
+    for likelihood in (LIKELIHOODS["bernoulli"](binarize="soft"), LIKELIHOODS["gaussian"]()):
+        assert bits_per_dim(likelihood, -1.0, 3) is None
+
+
+def test_the_bound_without_the_constant_by_hand():
+    """log p(x|z) = -SSE / (2 c) - (D / 2) log(2 pi c), with D = 6, c = 0.5, SSE = 3 and a KL of 2."""
+    elbo = -3 / (2 * 0.5) - 3 * math.log(2 * math.pi * 0.5) - 2
+    assert without_constant(LIKELIHOODS["gaussian"](c=0.5), elbo, 6) == pytest.approx(3 + 2)
+    assert without_constant(LIKELIHOODS["gaussian"](c="learned"), elbo, 6) is None
 
 
 def test_standard_error_is_over_images(make_vae):

@@ -128,6 +128,32 @@ def test_evaluation_moves_no_running_statistics(make_vae):
     assert first.shape == (5, *SHAPE)
 
 
+def test_a_guide_is_refined_for_the_beta_that_it_was_trained_for(make_vae):
+    """log p(x|z) / beta + log p(z) - log q(z|x), in training and in evaluation, where beta counts as 1."""
+    vae = make_vae(SHAPE, likelihood="gaussian", guide="refined", beta=4.0, latent_dim=3, hidden=(8,)).double()
+    x, q = images(4).flatten(1).double(), dist.Normal(torch.zeros(4, 3, dtype=F64), 0.5).to_event(1)
+    z = torch.randn(6, 4, 3, dtype=F64)
+    prior = normal_log_prob(z, 0, torch.ones((), dtype=F64)).sum(-1)
+    expected = vae.log_lik(z, x) / 4 + prior - q.log_prob(z)
+
+    def check() -> None:
+        torch.testing.assert_close(vae._log_weight(x, q, z), expected)
+
+    check()
+    refined = vae.posterior(x).mean
+    with vae.evaluating():
+        check()
+        with vae.evaluating():
+            check()
+        torch.testing.assert_close(vae.posterior(x).mean, refined)
+        assert vae.beta == 1
+    assert vae.trained_beta is None
+    vae.beta = 2.0  # a step of a warm-up
+    with vae.evaluating():
+        expected = vae.log_lik(z, x) / 2 + prior - q.log_prob(z)
+        check()
+
+
 # The pair
 
 
