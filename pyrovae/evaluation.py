@@ -52,7 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """The bound, reconstruction and KL of a VAE, averaged over images on the VAE's device.
 
-    Random states are left as they were, and the same seed gives the same numbers.
+    The VAE, whatever mode it is in, and the random states of torch, numpy and Python are left as they were. The
+    same seed gives the same numbers.
 
     Args:
         estimator: Whose bound; `Elbo()` if None.
@@ -109,8 +110,7 @@ def kl_per_image(
             z = q.sample((KL_SAMPLES,))
             return (q.log_prob(z) - p.log_prob(z)).mean(0)
 
-    with seeded(seed, x.device):
-        parts = list(_of_posterior(vae, x, terms, batch_size))
+    parts = _of_posterior(vae, x, terms, batch_size, seed)
     return None if any(part is None for part in parts) else torch.cat(parts).double().cpu()
 
 
@@ -120,13 +120,17 @@ def latent_means(vae: VAE, x: Shaped[Tensor, "N E"], *, batch_size: int = 1000) 
 
 
 def _of_posterior(
-    vae: VAE, x: Shaped[Tensor, "N E"], term: Callable[[Distribution], Tensor | None], batch_size: int
+    vae: VAE,
+    x: Shaped[Tensor, "N E"],
+    term: Callable[[Distribution], Tensor | None],
+    batch_size: int,
+    seed: int = 0,
 ) -> list[Tensor | None]:
-    """A term of q(z|x), for so many images at a time."""
+    """A term of q(z|x), for `batch_size` images at a time."""
     observed, _ = vae.split(x)
     check_flat(observed, vae.decoder.shape, "observations")
     check_pixels(vae.likelihood.to_pixels(observed), "observations")
-    with vae.evaluating(), pyro.validation_enabled(False):
+    with vae.evaluating(), seeded(seed, x.device), pyro.validation_enabled(False):
         terms = [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
     return [part if part is None else part.detach() for part in terms]  # it may be a parameter itself
 

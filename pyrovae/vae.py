@@ -12,6 +12,7 @@ from pyro.nn import PyroModule, pyro_method
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import one_hot
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyrovae.data import Images
 from pyrovae.guides import Guide
@@ -244,9 +245,19 @@ class VAE(PyroModule):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients, evaluation mode and beta = 1; on leaving, all is as it was."""
+        """No gradients, evaluation mode and beta = 1; on leaving, all is as it was.
+
+        Networks in a list or a closure, where PyTorch does not look for them, are put into evaluation mode as
+        well when they are called.
+        """
         modes, beta = {module: module.training for module in self.modules()}, self.beta
         trained = self.trained_beta
+
+        def evaluate(module: nn.Module, args: tuple) -> None:
+            if module not in modes:
+                modes[module], module.training = module.training, False
+
+        hook = register_module_forward_pre_hook(evaluate)
         self.eval()
         self.trained_beta = beta if trained is None else trained
         self.beta = 1.0
@@ -254,6 +265,7 @@ class VAE(PyroModule):
             with torch.no_grad():
                 yield
         finally:
+            hook.remove()
             for module, training in modes.items():
                 module.training = training
             self.beta, self.trained_beta = beta, trained

@@ -25,6 +25,7 @@ from pyrovae.evaluation import (
     kl_per_image,
     latent_means,
     probe,
+    squared_error,
     variance_of_means,
     without_constant,
 )
@@ -393,13 +394,60 @@ def test_nothing_is_changed(make_vae, training):
     """Batch norm would move its running statistics in training mode."""
     vae, data = make_vae(network="cnn", beta=3.0).train(training), dataset()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    random = torch.get_rng_state()
+    state = torch.get_rng_state()
     Examination(particles=5, ais=2, ais_steps=2, ais_chains=2, bidirectional=2).of_vae(vae, data)
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
     assert all(module.training == training for module in vae.modules())
     assert all(p.grad is None and p.requires_grad for p in vae.parameters())
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), state)
     assert vae.beta == 3.0
+
+
+MEASURES = {
+    "evaluate": lambda vae, images: evaluate(vae, images, batch_size=4),
+    "kl": lambda vae, images: kl_per_image(vae, images.pixels.flatten(1), batch_size=4).tolist(),
+    "means": lambda vae, images: latent_means(vae, images.pixels.flatten(1), batch_size=4).tolist(),
+    "error": lambda vae, images: squared_error(vae, images, batch_size=4),
+    "encode": lambda vae, images: vae.encode(images.pixels).tolist(),
+    "reconstruct": lambda vae, images: vae.reconstruct(images.pixels).tolist(),
+    "examination": lambda vae, images: Examination(particles=5).of_vae(
+        vae, Dataset(images, images, images, 17)
+    ),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measuring_twice_gives_the_same_and_changes_nothing(make_vae, measure):
+    """Whatever mode the networks are in; batch norm would move, and dropout would draw, in training mode."""
+    vae = make_vae(network="cnn", channels=(4,), likelihood="gaussian", beta=3.0)
+    vae.posterior.head = nn.Sequential(nn.Dropout(0.5), vae.posterior.head)
+    images = random_images(10)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # checks of types take Python's
+    found = []
+    for training in (True, True, False):
+        found.append(MEASURES[measure](vae.train(training), images))
+        assert all(module.training == training for module in vae.modules())
+    assert found[0] == found[1] == found[2]
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in vae.parameters())
+    assert (vae.beta, vae.trained_beta) == (3.0, None)
+    assert states == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+class Noisy(Guide):
+    """A guide that draws a number of its own."""
+
+    def forward(self, x):
+        return dist.Normal(torch.randn(2).expand(*x.shape[:-1], -1), 1.0).to_event(1)
+
+
+def test_a_guides_own_noise_is_the_seeds(make_vae):
+    vae, x = make_vae(hidden=(4,)), torch.rand(3, 64)
+    vae.posterior, state = Noisy(), torch.get_rng_state()
+    for measure in (latent_means, kl_per_image):
+        assert torch.equal(measure(vae, x), measure(vae, x))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_first_images_get_the_same_numbers_alone(make_vae):

@@ -116,6 +116,30 @@ def test_evaluating_leaves_all_as_it_was(make_vae, fails):
     assert torch.is_grad_enabled()
 
 
+class Hiding(Guide):
+    """A guide whose network stands in a list, where PyTorch does not see it."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.networks = [nn.Sequential(nn.Linear(pixels, 2), nn.BatchNorm1d(2), nn.Dropout(0.5))]
+
+    def forward(self, x):
+        return dist.Normal(self.networks[0](x), 1.0).to_event(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hidden_networks_are_evaluated_too(make_vae, training):
+    vae = make_vae(SHAPE, hidden=(4,))
+    vae.posterior = Hiding(60)
+    hidden, x = vae.posterior.networks[0].train(training), images()
+    before = {name: value.clone() for name, value in hidden.state_dict().items()}
+    first, again = vae.encode(x), vae.encode(x)
+    assert torch.equal(first, again)
+    assert all(torch.equal(value, before[name]) for name, value in hidden.state_dict().items())
+    assert [module.training for module in hidden.modules()] == [training] * 4
+    assert torch.equal(hidden(x.flatten(1)), first) == (not training)
+
+
 def test_evaluation_moves_no_running_statistics(make_vae):
     vae = make_vae(SHAPE, network="cnn", channels=(4,)).train()
     before = state(vae)
