@@ -316,6 +316,11 @@ class Draws:
         }
 
     @cached_property
+    def kl(self) -> Float[Tensor, "K B"]:
+        """KL(q(z|x) || p(z)), in closed form where that may be used, given the particle's other samples."""
+        return torch.stack([kl.value for kl in self.kls.values()]).sum(0)
+
+    @cached_property
     def kls(self) -> dict[str, SiteKL]:
         """What each site of the guide adds to KL(q(z|x) || p(z)), in closed form where it may be used.
 
