@@ -713,6 +713,35 @@ def test_the_learned_baseline_comes_to_the_mean_of_each_datum_and_leaves_less_va
     assert left[0] > 2 * left[1] > 2 * left[2]
 
 
+@pytest.mark.parametrize("spread", [0.2, 5.0])  # of f: its deviation counts as 1 if it is less
+def test_the_learned_baseline_is_a_scaled_network_fitted_by_adam(spread):
+    estimator = LearnedBaseline(decay=0.75, lr=0.02, hidden=7, num_particles=3)
+    pair, x = squares()[:2], torch.linspace(-3, 3, 16, dtype=F64)
+    draws = estimator.draws(*pair)
+    torch.testing.assert_close(estimator.baseline(draws), torch.zeros(1, 16, dtype=F64))
+    first, last = estimator.network[0], estimator.network[2]
+    assert (first.out_features, last.weight.any().item(), last.bias.any().item()) == (7, False, False)
+    weights = [p.detach().clone().requires_grad_() for p in (first.weight, first.bias, last.weight, last.bias)]
+    adam, moments = torch.optim.Adam(weights, lr=0.02), None
+
+    def predicted():
+        return torch.tanh(x[:, None] @ weights[0].T + weights[1]) @ weights[2][0] + weights[3]
+
+    for step in range(4):
+        f = spread * torch.randn(3, 16, dtype=F64) + torch.linspace(0, step, 16, dtype=F64)
+        estimator.adapt(f, x[:, None])
+        new = f.mean().item(), f.square().mean().item()
+        moments = new if moments is None else [0.75 * m + 0.25 * n for m, n in zip(moments, new, strict=True)]
+        mean, scale = moments[0], math.sqrt(max(moments[1] - moments[0] ** 2, 1.0))
+        assert (scale == 1) == (spread < 1)
+        loss = ((f.mean(0) - mean) / scale - predicted()).square().mean()
+        for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+            weight.grad = gradient
+        adam.step()
+        expected = (mean + scale * predicted().detach())[None]
+        torch.testing.assert_close(estimator.baseline(draws), expected)
+
+
 @pytest.mark.parametrize("family", [RunningMean, LearnedBaseline])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_saved_baseline_learns_on_as_if_never_saved(family, steps):
