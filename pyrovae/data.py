@@ -106,7 +106,7 @@ class Images:
             indices: One per batch, of any size.
 
         Raises:
-            ValueError: Their file has become shorter.
+            ChangedFileError: Their file has become shorter.
         """
         if self.on_disk:
             batches = self.pixels.batches(indices)

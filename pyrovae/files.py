@@ -29,6 +29,10 @@ WORKERS = 4  # threads that read ahead: more than one, for a disk serves several
 AHEAD, MOST_AHEAD = 8, 2**26  # batches read ahead, and bytes of them, but always one batch
 
 
+class ChangedFileError(OSError):
+    """A file was written to while it was in use."""
+
+
 class ArrayFile:
     """The images of a `.npy`, uint8, bool or floats, of which only what is read is in memory.
 
@@ -48,6 +52,7 @@ class ArrayFile:
         self.end = self.start + self.count * self.image_bytes
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
+        self.stamp = self._stamp()
 
     def chunks(self) -> Iterator[np.ndarray]:
         """The images from first to last, (., H, W, C), as the file has them, a few at a time."""
@@ -58,17 +63,46 @@ class ArrayFile:
 
     @cached_property
     def checksum(self) -> int:
-        """A CRC-32 of all images as the file has them."""
+        """A CRC-32 of all images as the file has them, when this is first asked for."""
+        return self._crc()
+
+    def check_unchanged(self, *, thoroughly: bool = False) -> None:
+        """Compares the images with `checksum`, if the file system says that the file was written to.
+
+        Reading the whole file takes long, whereas asking for its size and times costs microseconds. These tell
+        of every `write`, but not of every change through a mapping.
+
+        Args:
+            thoroughly: Whatever the file system says.
+
+        Raises:
+            ChangedFileError: The images are others.
+        """
+        expected, stamp = self.checksum, self._stamp()
+        if not thoroughly and stamp == self.stamp:
+            return
+        if self._crc() != expected:
+            raise ChangedFileError(
+                f"expected {self.path} unchanged while it is in use, got other images: put back what it was"
+            )
+        self.stamp = stamp
+
+    def _crc(self) -> int:
         crc = 0
         for chunk in self.chunks():
             crc = zlib.crc32(chunk.data, crc)
         return crc
 
+    def _stamp(self) -> tuple[int, int, int]:
+        """The file's size, and when its contents and its entry were last changed, in nanoseconds."""
+        found = os.fstat(self.descriptor)
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
     def read(self, rows: Int[Tensor, " B"], out: Float[Tensor, "B C H W"]) -> None:
         """Writes these images into a float32 tensor in main memory, with pixels in [0, 1].
 
         Raises:
-            ValueError: The file has become shorter.
+            ChangedFileError: The file has become shorter.
         """
         values = self._array([self._bytes(row) for row in rows.tolist()], len(rows))
         pixels = np.moveaxis(out.numpy(), 1, -1)
@@ -82,7 +116,7 @@ class ArrayFile:
         size, offset = count * self.image_bytes, self.start + first * self.image_bytes
         found = os.pread(self.descriptor, size, offset)
         if len(found) < size:
-            raise ValueError(
+            raise ChangedFileError(
                 f"expected {self.path} of at least {self.end:,} bytes, as it was opened, got "
                 f"{os.fstat(self.descriptor).st_size:,}: leave it unchanged while it is in use"
             )
@@ -157,7 +191,7 @@ class FilePixels:
         the copy does not wait.
 
         Raises:
-            ValueError: The file has become shorter.
+            ChangedFileError: The file has become shorter.
         """
         if indices and indices[0].is_cuda:  # all at once: each transfer waits for the device
             indices = torch.cat(list(indices)).cpu().split([len(chosen) for chosen in indices])

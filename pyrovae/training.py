@@ -152,6 +152,8 @@ def fit(
         CheckpointError: There is no checkpoint to resume, or it does not fit.
         LockedError: Another process is writing to the directory.
         WriteError: Something could not be saved; what was saved before is untouched.
+        ChangedFileError: Images that stay in their file have changed since training began; nothing of the
+            epoch at hand was saved.
         LostProcess: Another process ended.
 
     Warns:
@@ -201,6 +203,7 @@ def fit(
         pyro.set_rng_seed(seed)
         if distributed.world() > 1:
             trainer.distribute()
+        trainer.check_data()
         if resume:
             trainer.restore()
         else:
@@ -353,6 +356,7 @@ class _Trainer:
                 if signals.stop(soon=True) and self.progress.batch < self.batches:
                     sums = distributed.total(self.sums).tolist()
                     self._check_finite(dict(zip(_TERMS, sums, strict=True)))
+                    self.check_data()
                     self.save()
                     return
         self._finish_epoch(started)
@@ -476,12 +480,20 @@ class _Trainer:
             p.best, p.best_epoch, p.stale = objective, p.epoch, 0
         else:
             p.stale += 1
-        self.over()
+        self.check_data(thoroughly=self.over())
         self.save()
 
     def _without_constant(self, result: Evaluation) -> float | None:
         objective = result.reconstruction if result.elbo is None else result.elbo
         return without_constant(self.vae.likelihood, objective, result.num_pixels)
+
+    def check_data(self, *, thoroughly: bool = False) -> None:
+        """Before anything is saved: whether images that stay in their file are still those of the beginning."""
+        with distributed.together():
+            if distributed.rank() == 0:
+                parts = (images.pixels for images in (self.train, self.validation) if images.on_disk)
+                for file in {pixels.file for pixels in parts}:
+                    file.check_unchanged(thoroughly=thoroughly)
 
     def _check_finite(self, terms: Row) -> None:
         """Before anything is saved: these terms, and every parameter."""

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae import assessment, data, files, pictures, runs
+from pyrovae import assessment, data, files, pictures, runs, training
+from pyrovae.checkpoints import read_metrics
 from pyrovae.config import Config
 from pyrovae.data import Images, load_dataset
 from pyrovae.evaluation import evaluate, pca_squared_error, squared_error
@@ -206,7 +207,7 @@ def test_a_file_that_became_shorter_is_one_line(saved):
         lambda: images.checksum(),
     ):
         with pytest.raises(
-            ValueError, match=r"expected .*images.npy of at least 320,128 bytes.*, got 5,000: leave"
+            files.ChangedFileError, match=r"expected .*images.npy of at least 320,128 bytes.*, got 5,000: leave"
         ):
             read()
 
@@ -307,6 +308,40 @@ def in_memory_too(monkeypatch, function):
     ours = function()
     monkeypatch.setattr(data, "IN_MEMORY", 2**30)
     return ours, function()
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["a write", "a change without a word"])
+def test_images_that_change_while_they_train_stop_the_run_before_they_are_saved(
+    saved, always_on_disk, tmp_path, no_figures, monkeypatch, told
+):
+    array = noise(60, 8, 8)
+    file = saved(array)
+    config = Config(dataset=str(file), epochs=3, batch_size=16, hidden=(8,), figure_epochs=())
+    whole, _ = runs.train(config, out=tmp_path / "whole")
+    if not told:
+        monkeypatch.setattr(files.ArrayFile, "_stamp", lambda _: (0, 0, 0))
+
+    def write(at: int, images: np.ndarray):
+        def finish(trainer, started):
+            if trainer.progress.epoch == at:
+                np.save(file, images)
+            original(trainer, started)
+
+        monkeypatch.setattr(training._Trainer, "_finish_epoch", finish)
+
+    original = training._Trainer._finish_epoch
+    write(1, 255 - array)
+    with pytest.raises(runs.StoppedError, match=r"expected .*images.npy unchanged .*: put back what it was"):
+        runs.train(config, out=tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run")) == (1 if told else 2)  # or else when the run would end
+    with pytest.raises(runs.RunError, match="expected the data that"):
+        runs.resume(tmp_path / "run")
+    np.save(file, array)
+    if told:
+        write(1, array)  # written to, but the same
+        runs.resume(tmp_path / "run")
+        state, expected = (torch.load(run / "best.pt")["model"] for run in (tmp_path / "run", whole))
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 def test_evaluation_is_as_in_memory(run, monkeypatch):
