@@ -194,6 +194,8 @@ def _way_on(ctx: click.Context) -> Iterator[None]:
     try:
         yield
     except runs.StoppedError as error:
+        if not (error.run / "config.json").exists():  # the directory was deleted: there is no way on
+            raise
         again = f"{_program(ctx)} train --resume {shlex.quote(str(error.run))}"
         _fail(f"{error}; nothing before is lost. When that is mended, go on: {again}", EXIT_FAILED)
 
@@ -308,35 +310,43 @@ def _sweep(
         for name in _AUTOENCODER if autoencoder else ():
             if {cell.get(name, _AUTOENCODER[name]) for cell in plan.cells} != {_AUTOENCODER[name]}:
                 raise sweeps.SweepError(f"expected {name} {_AUTOENCODER[name]} with --autoencoder, got others")
-        try:
-            directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
-            sweep = sweeps.Sweep(directory, plan)
-        except OSError as error:
-            raise sweeps.SweepError(f"expected out where a sweep can be written, got: {error}") from None
-        with tqdm(total=len(plan.cells), unit="run", disable=quiet, dynamic_ncols=True) as bar:
+        directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
+        sweep = sweeps.Sweep(directory, plan)
+        bar = tqdm(total=len(plan.cells), unit="run", disable=quiet, dynamic_ncols=True)
 
-            def report(cell: str, outcome: str) -> None:
-                bar.update()
-                if not quiet or outcome not in ("finished", "skipped"):
-                    bar.write(printable(f"{cell or 'the run'}: {outcome}"), file=sys.stderr)
+        def report(cell: str, outcome: str) -> None:
+            bar.update()
+            if not quiet or outcome not in ("finished", "skipped"):
+                bar.write(printable(f"{cell or 'the run'}: {outcome}"), file=sys.stderr)
 
-            try:
+        with _same_again(ctx, directory, out):
+            with bar:
                 failed = sweep.run(jobs, report)
-            except Interrupted as stopped:
-                same = ["--out", str(directory)] if out is None else []
-                again = shlex.join([*ctx.find_root().meta.get("arguments", sys.argv[1:]), *same])
-                _say(f"Stopped; nothing is lost. To go on:\n  {_program(ctx)} {again}", err=True)
-                raise click.exceptions.Exit(128 + stopped.number) from None
-        rows = sweep.table()
-        if rows:
-            write_atomically(directory / "results.csv", to_csv(rows))
-            write_atomically(directory / "results.md", sweeps.to_markdown(rows))
-            save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
-            _say(sweeps.to_markdown(rows), nl=False)
+            rows = sweep.table()
+            if rows:
+                write_atomically(directory / "results.csv", to_csv(rows))
+                write_atomically(directory / "results.md", sweeps.to_markdown(rows))
+                save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
+                _say(sweeps.to_markdown(rows), nl=False)
         left = "results.csv, results.md and curves.png" if rows else "No run has finished"
         _say(f"{left}: {directory}")
         if failed:
             _fail(f"{len(failed)} of {len(plan.cells)} runs failed; see {directory / 'cells'}", EXIT_FAILED)
+
+
+@contextlib.contextmanager
+def _same_again(ctx: click.Context, directory: Path, out: str | None) -> Iterator[None]:
+    """A sweep that a signal or the system has stopped says how it goes on: by the same command."""
+    try:
+        yield
+    except (Interrupted, OSError) as error:
+        same = ["--out", str(directory)] if out is None else []
+        words = shlex.join([*ctx.find_root().meta.get("arguments", sys.argv[1:]), *same])
+        again = f"{_program(ctx)} {words}"
+        if isinstance(error, OSError):
+            _fail(f"{error}; nothing before is lost. When that is mended, go on: {again}", EXIT_FAILED)
+        _say(f"Stopped; nothing is lost. To go on:\n  {again}", err=True)
+        raise click.exceptions.Exit(128 + error.number) from None
 
 
 def _planned(over: tuple[str, ...], recipe: str | None, given: dict[str, Any]) -> sweeps.Recipe:

@@ -30,7 +30,14 @@ from pyrovae.signals import DeferredSignals
 from pyrovae.training import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
 from pyrovae.versions import recorded
-from pyrovae.whole_files import clear_temporary, is_new, save_figure, write_atomically, write_errors
+from pyrovae.whole_files import (
+    WriteError,
+    clear_temporary,
+    is_new,
+    save_figure,
+    write_atomically,
+    write_errors,
+)
 
 PICTURED = 20  # images in a figure of reconstructions or samples
 ENCODED = 5000  # images at a time
@@ -259,6 +266,7 @@ def new_directory(stem: Path, out: str | Path | None, left: Sequence[str] = ()) 
 
     Raises:
         RunError: `out` has other files, or cannot be made.
+        WriteError: The storage is full or fails.
     """
     try:
         if out is not None:
@@ -272,6 +280,9 @@ def new_directory(stem: Path, out: str | Path | None, left: Sequence[str] = ()) 
                 directory.mkdir(parents=True)
                 return directory
     except OSError as error:
+        refused = WriteError.of(error, stem if out is None else Path(out))
+        if not refused.of_place:
+            raise refused from None
         raise RunError(f"expected out where a run can be written, got: {error}") from None
 
 

@@ -29,7 +29,7 @@ from pyrovae.processes import Processes
 from pyrovae.runs import is_complete
 from pyrovae.signals import DeferredSignals, Interrupted
 from pyrovae.texts import in_markdown
-from pyrovae.whole_files import clear_temporary, is_new, write_atomically
+from pyrovae.whole_files import WriteError, clear_temporary, is_new, write_atomically, write_errors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -141,8 +141,19 @@ class Sweep:
 
     def __post_init__(self):
         self._check_place()  # no lock is left in what is no sweep
+        try:
+            with write_errors(self.directory):
+                self._begin()
+        except WriteError as error:
+            if not error.of_place:
+                raise
+            raise SweepError(
+                f"expected out where a sweep can be written, got {self.directory}: {error.reason}"
+            ) from None
+
+    def _begin(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        with locks.held(self.directory):
+        with distributed.locked(self.directory):
             self._check_place()
             path = self.directory / "sweep.json"
             contents = {"shared": self.recipe.shared, "cells": list(self.recipe.cells)}
@@ -174,11 +185,12 @@ class Sweep:
 
         Raises:
             LockedError: Another process runs this sweep.
+            WriteError: The directory cannot be written to.
             Interrupted: A signal stopped it.
         """
         failed, processes = {}, Processes()
         with (
-            locks.held(self.directory),
+            distributed.locked(self.directory),
             DeferredSignals(processes.stop) as signals,
             ThreadPoolExecutor(jobs) as pool,
         ):
