@@ -3,8 +3,8 @@
     python benchmarks/faults/bitflips.py [--flips N] [--seed S]
 
 The files are a run's checkpoint.pt and best.pt, and a dataset as a `.npz`. A flip is caught if loading is
-refused in one line, harmless if the contents are the same to the last bit (it hit padding, say, or a date), and silent
-otherwise. It prints as well what the check of a checkpoint costs beside loading it.
+refused in one line, harmless if the contents are the same to the last bit (it hit padding, say, or a date),
+and silent otherwise. It prints as well what the check of a checkpoint costs beside loading it.
 """
 
 import random

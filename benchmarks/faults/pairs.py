@@ -2,9 +2,9 @@
 
     python benchmarks/faults/pairs.py [--pairs N] [--seed S]
 
-Most pairs resume one interrupted run; others begin a run in the same new directory, or run the same sweep. One of
-them must finish, and the other must be refused in one line that names the first, or find nothing left to
-do. The directory must hold the same bytes as an undisturbed one, but for the seconds in the metrics.
+Most pairs resume one interrupted run; others begin a run in the same new directory, or run the same sweep. One
+of them must finish, and the other must be refused in one line that names the first, or find nothing left
+to do. The directory must hold the same bytes as an undisturbed one, but for the seconds in the metrics.
 """
 
 import random

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -42,7 +44,7 @@ class Child:
                 descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
-            run_and_exit(function)
+            os._exit(exit_code(function))
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         if self.code is None:
@@ -67,8 +69,8 @@ class Child:
         return self.log.read_text()
 
 
-def run_and_exit(function: Callable[[], object]) -> None:
-    """Ends this forked process with the exit code of a function that may raise SystemExit."""
+def exit_code(function: Callable[[], object]) -> int:
+    """The exit code of a forked process that calls a function, which may raise SystemExit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
@@ -80,10 +82,9 @@ def run_and_exit(function: Callable[[], object]) -> None:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def command(*arguments: str | Path) -> Callable[[], object]:
@@ -118,7 +119,7 @@ class ForkedCell:
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             cell.watch()
-            run_and_exit(command_of(words))
+            os._exit(exit_code(command_of(words)))
         os.close(reading)
 
     def send_signal(self, number: int) -> None:
@@ -141,7 +142,7 @@ def command_of(words: list[str]) -> Callable[[], object]:
 
 def prepare() -> None:
     """Imports what a run imports on its way, and adopts the orphans of killed sweeps."""
-    processes.subprocess.Popen = ForkedCell
+    processes.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedCell})
     with tempfile.TemporaryDirectory() as place:
         names = Path(place) / "modules.json"
 
