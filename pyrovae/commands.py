@@ -327,7 +327,8 @@ def _sweep(
                 write_atomically(directory / "results.csv", to_csv(rows))
                 write_atomically(directory / "results.md", sweeps.to_markdown(rows))
                 save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
-                _say(sweeps.to_markdown(rows), nl=False)
+        if rows:
+            _say(sweeps.to_markdown(rows), nl=False)
         left = "results.csv, results.md and curves.png" if rows else "No run has finished"
         _say(f"{left}: {directory}")
         if failed:

@@ -2,8 +2,8 @@
 
     python benchmarks/faults/ranks.py [--runs N] [--seed S]
 
-The processes are started by torchrun's own agent, as forks. In every second trial one of them is killed by SIGKILL
-at a random moment. In the others SIGTERM goes to the agent and to both processes, as systemd and Slurm
+The processes are started by torchrun's own agent, as forks. In every second trial one of them is killed by
+SIGKILL at a random moment. In the others SIGTERM goes to the agent and to both processes, as systemd and Slurm
 send it, and the agent passes it on as well. No process may be left over; after a SIGTERM there must be
 exactly one line that says how to go on. The run then goes on with as many processes, and must hold the
 bytes of an undisturbed one, but for the seconds in the metrics.
