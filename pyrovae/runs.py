@@ -312,28 +312,28 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
             save_figure(figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}"), path)
 
     try:
-        distributed.from_first(lambda: _prepare(directory))
-        result = fit(
-            vae,
-            dataset.train,
-            dataset.validation,
-            estimator=config.make_estimator(),
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            kl_warmup=config.kl_warmup,
-            compile=config.compile == "on",
-            bf16=config.bf16,
-            patience=config.patience,
-            seed=config.seed,
-            directory=directory,
-            resume=resume,
-            on_epoch=picture,
-            quiet=quiet,
-        )
-        if distributed.rank() == 0 and result.progress.finished:
-            with DeferredSignals():
-                _picture(directory, dataset, vae)
+        with DeferredSignals():  # from where all processes meet to where they part, so that none leaves early
+            distributed.from_first(lambda: _prepare(directory))
+            result = fit(
+                vae,
+                dataset.train,
+                dataset.validation,
+                estimator=config.make_estimator(),
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                lr=config.lr,
+                kl_warmup=config.kl_warmup,
+                compile=config.compile == "on",
+                bf16=config.bf16,
+                patience=config.patience,
+                seed=config.seed,
+                directory=directory,
+                resume=resume,
+                on_epoch=picture,
+                quiet=quiet,
+            )
+            if result.progress.finished:
+                distributed.from_first(lambda: _picture(directory, dataset, vae))
     except distributed.LostProcess:
         raise
     except OSError as error:

@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class DeferredSignals:
-    """While entered, SIGINT and SIGTERM are only noted, in `received`.
+    """While entered, SIGINT and SIGTERM are only noted, in `received`, also by those that this is entered in.
 
     One request to stop may come as several signals: a supervisor sends one to every process, and a launcher
     passes on the one that it got. Therefore further signals change nothing, with one exception: a Ctrl-C that
@@ -51,18 +51,20 @@ class DeferredSignals:
         agree = self.agreement.soon if soon else self.agreement.now
         number = agree(self.received or 0)
         if number:
-            self.received = signal.Signals(number)
+            self._learn(signal.Signals(number), self.first or time.monotonic())
         return bool(number)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self._note)
+            for outer in self._outer():
+                self.received, self.first = outer.received, outer.first
         return self
 
     def _note(self, number, frame):
         if self.received is None:
-            self.received, self.first = signal.Signals(number), time.monotonic()
+            self._learn(signal.Signals(number), time.monotonic())
             self.on_signal(self.received)
         elif number == signal.SIGINT and time.monotonic() > self.first + IMPATIENT:
             self._act(signal.SIGINT)
@@ -77,12 +79,17 @@ class DeferredSignals:
             signal.raise_signal(number)
 
     def __exit__(self, *exc):
-        for handler in self.previous.values():
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, DeferredSignals) and outer.received is None:
-                outer.received, outer.first = self.received, self.first
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def _learn(self, number: signal.Signals, first: float) -> None:
+        self.received, self.first = number, first
+        for outer in self._outer():
+            outer._learn(number, first)
+
+    def _outer(self) -> list["DeferredSignals"]:
+        owners = [getattr(handler, "__self__", None) for handler in self.previous.values()]
+        return [owner for owner in owners if isinstance(owner, DeferredSignals)]
 
 
 class StoppingSignals(DeferredSignals):

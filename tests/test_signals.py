@@ -48,6 +48,26 @@ def test_nothing_cuts_off_the_last_words_of_a_program_that_was_told_to_stop():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_one_within_another_knows_what_that_has_noted():
+    with DeferredSignals() as outer:
+        with DeferredSignals() as first:
+            pass
+        assert first.received is outer.received is None
+        signal.raise_signal(signal.SIGTERM)
+        with DeferredSignals() as second:
+            assert second.received == signal.SIGTERM
+
+
+def test_those_that_one_is_entered_in_know_what_it_learns(monkeypatch):
+    with StoppingSignals() as outermost, DeferredSignals() as outer, DeferredSignals() as inner:
+        monkeypatch.setattr(inner.agreement, "now", lambda number: signal.SIGTERM)  # another process got it
+        assert inner.stop()
+        assert inner.received == outer.received == outermost.received == signal.SIGTERM
+        monkeypatch.setattr(signals, "IMPATIENT", 0.0)
+        with pytest.raises(KeyboardInterrupt):  # at once, however many there are
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_the_previous_handler_is_restored_and_used():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *args: seen.append("mine"))

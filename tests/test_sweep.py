@@ -3,11 +3,6 @@
 import csv
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -233,26 +228,3 @@ def test_a_sweep_of_autoencoders_has_a_table(tmp_path, in_process):
         rows = read_metrics(tmp_path / "sweep" / f"latent_dim-{z}")
         best = max(row["validation_reconstruction"] for row in rows)
         assert f"| {z} | 1 | {best:.2f} |" in result.stdout
-
-
-def test_a_sweep_killed_half_way_goes_on_where_it_was(tmp_path, in_process):
-    out = tmp_path / "sweep"
-    options = ["--over", "latent_dim=1,3", "--limit", "256/32", "--epochs", "20", "--batch-size", "16"]
-    options += ["--hidden", "8", "--out", str(out), "--quiet"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pyrovae", "sweep", *options],
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    first = out / "latent_dim-1" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (first.exists() and len(first.read_text().splitlines()) > 2):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 0 < len(read_metrics(out / "latent_dim-1")) < 20
-    finished = sweep_command(*options)
-    assert finished.exit_code == 0, finished.output
-    assert in_process[0][:2] == ["train", "--resume"]
-    for z in (1, 3):
-        assert [row["epoch"] for row in read_metrics(out / f"latent_dim-{z}")] == list(range(1, 21))

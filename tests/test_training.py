@@ -5,10 +5,7 @@ import math
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
-import time
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -35,7 +32,6 @@ from tests.test_data import Bomb
 
 pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")  # the command line's tests have both
 
-ROOT = Path(__file__).parent.parent
 TINY = {"limit": (70, 20), "batch_size": 16, "hidden": (8,), "epochs": 4, "figure_epochs": (1,)}
 
 
@@ -280,36 +276,6 @@ def test_resume_refuses_other_data(tmp_path):
     np.save(path, np.random.default_rng(1).random((40, 4, 4)))
     with pytest.raises(runs.RunError, match="expected the data that"):
         runs.resume(run)
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, str(ROOT / "cli.py"), "train", *map(str, arguments)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_stopped_by_a_signal_loses_nothing(tmp_path, number):
-    options = ["--limit", "500/50", "-b", 16, "--hidden", "8", "-e", 8, "--figure-epochs", "1"]
-    run = tmp_path / "run"
-    process = subprocess.Popen(command(*options, "-o", run), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while len(read_metrics(run)) < 2:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    load_checkpoint(run / "checkpoint.pt", "cpu")
-    if number == signal.SIGKILL:
-        assert process.returncode == -number
-    else:
-        assert process.returncode == 128 + number
-        assert "nothing is lost" in error
-        assert f"cli.py train --resume {run}" in error
-        assert "Traceback" not in error
-    runs.resume(run)
-    config, _ = runs.read_config(run)
-    whole, _ = runs.train(config, out=tmp_path / "whole")
-    assert_same_run(whole, run)
 
 
 def test_fit_leaves_random_states_beta_and_signal_handlers_as_they_were(make_vae, interrupt):

@@ -57,7 +57,7 @@ class Child:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self, seconds: float = 120.0) -> int | None:
+    def wait(self, seconds: float = 600.0) -> int | None:
         """The exit code, or None after so many seconds."""
         deadline = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < deadline:
@@ -73,6 +73,7 @@ def exit_code(function: Callable[[], object]) -> int:
     """The exit code of a forked process that calls a function, which may raise SystemExit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     code = 1
     try:
         torch.set_num_threads(1)
