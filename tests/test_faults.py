@@ -167,7 +167,7 @@ def test_figures_of_a_run_that_was_extended_and_killed_are_drawn_anew(tmp_path, 
 
 def test_a_stopped_process_leaves_one_line_and_a_checkpoint_however_often_it_is_told(tmp_path):
     run = tmp_path / "run"
-    child = Child(command(f"train {ENDLESS} -o", run), tmp_path / "log")
+    child = Child(slowly(command(f"train {ENDLESS} -o", run)), tmp_path / "log")
     await_epochs(run, 2, child)
     for _ in range(3):  # a supervisor, and a launcher
         child.kill(signal.SIGTERM)
@@ -199,7 +199,7 @@ def test_a_signal_between_the_first_file_and_the_first_batch_is_not_lost(tmp_pat
 
 def test_a_second_writer_is_refused_in_one_line_and_readers_are_not(tmp_path):
     run = tmp_path / "run"
-    child = Child(command(f"train {ENDLESS} -o", run), tmp_path / "log")
+    child = Child(slowly(command(f"train {ENDLESS} -o", run)), tmp_path / "log")
     try:
         await_epochs(run, 1, child)
         for again in (["train --resume", run], ["train", OPTIONS, "-o", run]):
@@ -208,7 +208,7 @@ def test_a_second_writer_is_refused_in_one_line_and_readers_are_not(tmp_path):
         code, said = call("train --resume", run)
         assert said.startswith(WRITER.format(run, child.pid))
         runs.load(run)
-        assert call("encode", run, "--limit 5")[0] == 0
+        assert call("encode", run)[0] == 0
     finally:
         child.kill(signal.SIGTERM)
     assert child.wait() == 128 + signal.SIGTERM
@@ -252,7 +252,7 @@ def test_a_stopped_sweep_leaves_no_cell_at_work_and_goes_on_where_it_was(tmp_pat
 
 def test_a_second_sweep_in_the_same_directory_is_refused_in_one_line(tmp_path, forked_cells):
     out = tmp_path / "sweep"
-    child = Child(command(SWEEP, "-e 99999 -o", out), tmp_path / "log")
+    child = Child(slowly(command(SWEEP, "-e 99999 -o", out)), tmp_path / "log")
     try:
         await_epochs(out / "latent_dim-1", 1, child)
         code, said = call(SWEEP, "-e 99999 -o", out)
