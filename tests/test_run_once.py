@@ -23,6 +23,7 @@ from pyrovae.estimators import (
     StickingTheLanding,
     StlIwae,
 )
+from pyrovae.graphs import capture
 from tests.combinations import EXISTING, KINDS, SMALL, several
 
 F64 = torch.float64
@@ -252,3 +253,14 @@ def test_a_step_is_freed_when_it_is_done(estimator):
     del draws
     gc.collect()
     assert left() is None
+
+
+@pytest.mark.parametrize(("estimator", "guide"), [(MeasureValued(), "mean-field"), (Elbo(), "refined")])
+def test_captured_steps_count_once_too(make_vae, estimator, guide):
+    vae = make_vae((1, 4, 4), network="cnn", channels=(2,), guide=guide, **SMALL.get(guide, {}))
+    x = torch.bernoulli(torch.rand(4, 16))
+    step = capture(*vae.pair, estimator, x, backend=lambda graph, inputs: graph)
+    for number in range(1, 4):  # the first two are compared with the programs
+        step(x)
+        assert [norm.num_batches_tracked.item() for norm in norms(vae)] == [number] * len(norms(vae))
+    assert step.reason == ""

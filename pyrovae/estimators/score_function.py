@@ -222,7 +222,8 @@ class DisArm(Elbo):
 class Enumerate(Elbo):
     """The exact ELBO and gradient for a Bernoulli guide, summed over all codes of at most 10 bits.
 
-    Where the model draws noise of its own (dropout), each code has other noise: both are then unbiased.
+    Where the model draws noise of its own (dropout), each code has other noise: both are then unbiased. Batch
+    norm in the model takes its statistics over all codes alike.
 
     Raises:
         ValueError: On use, where the guide is not Bernoulli at one site, in one plate over the data, or has
