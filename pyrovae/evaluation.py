@@ -15,7 +15,6 @@ from torch.distributions import Distribution, Independent, kl_divergence
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
 from pyrovae.evidence import seeded
-from pyrovae.inputs import check_flat, check_pixels
 from pyrovae.likelihoods import Likelihood
 from pyrovae.vae import VAE
 
@@ -127,9 +126,7 @@ def _of_posterior(
     seed: int = 0,
 ) -> list[Tensor | None]:
     """A term of q(z|x), for `batch_size` images at a time."""
-    observed, _ = vae.split(x)
-    check_flat(observed, vae.decoder.shape, "observations")
-    check_pixels(vae.likelihood.to_pixels(observed), "observations")
+    vae.check_observed(x, grey=True)
     with vae.evaluating(), seeded(seed, x.device), pyro.validation_enabled(False):
         terms = [term(vae.posterior_of(batch)) for batch in x.split(batch_size)]
     return [part if part is None else part.detach() for part in terms]  # it may be a parameter itself

@@ -52,9 +52,8 @@ class Likelihood(abc.ABC):
             ValueError: The pixels are no floats.
         """
 
-    def can_observe(self, x: Shaped[Tensor, "*batch D"]) -> Bool[Tensor, "*batch"]:
-        """Whether these are observations, as `observe` gives them: finite, and in the support of p(x|z)."""
-        learned = {name: x.new_tensor(value, dtype=torch.float32) for name, value in self.learned.items()}
+    def can_observe(self, x: Shaped[Tensor, "*batch D"], **learned: Tensor) -> Bool[Tensor, "*batch"]:
+        """Whether these are observations, of pixels or drawn from p(x|z): finite, and in its support."""
         eta = x.new_zeros(x.shape[-1], self.outputs, dtype=torch.float32)
         return self(eta, **learned).support.check(x) & x.isfinite().all(-1)
 
@@ -268,8 +267,10 @@ class Gaussian(Likelihood):
     def learned(self) -> Mapping[str, float]:
         return {"log_c": math.log(0.05)} if self.c == "learned" else {}
 
-    def can_observe(self, x: Shaped[Tensor, "*batch D"]) -> Bool[Tensor, "*batch"]:
-        return ((x >= 0) & (x <= 1)).all(-1)  # pixels only, though the density is positive elsewhere
+    def can_observe(self, x: Shaped[Tensor, "*batch D"], **learned: Tensor) -> Bool[Tensor, "*batch"]:
+        # The support is all numbers, but a draw is never 10 standard deviations away from every mean.
+        far = 10 * (learned["log_c"].exp() if self.c == "learned" else torch.tensor(self.c)).sqrt()
+        return ((x >= -far) & (x <= 1 + far)).all(-1)
 
     def __call__(self, eta: Float[Tensor, "*batch D outputs"], **learned: Tensor) -> Distribution:
         mean = self.mean(eta)

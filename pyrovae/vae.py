@@ -174,8 +174,11 @@ class VAE(PyroModule):
             return observed
         return torch.cat([observed, one_hot(labels.long(), self.classes).to(observed)], -1)
 
-    def check_observed(self, x: Shaped[Tensor, "N E"]) -> None:
+    def check_observed(self, x: Shaped[Tensor, "N E"], *, grey: bool = False) -> None:
         """Checks that x is what `observe` gives for this VAE, (N, D) or (N, D + C); waits for the device.
+
+        Args:
+            grey: Whether pixels in [0, 1] may stand for what is drawn from them, as they do for a guide.
 
         Raises:
             ValueError: Its shape is another, or it has values that the likelihood cannot observe.
@@ -186,7 +189,11 @@ class VAE(PyroModule):
                 f"expected observations of shape (N, {numbers}), got {tuple(x.shape)}: take vae.observe(...)"
             )
         observed, y = self.split(x)
-        possible = self.likelihood.can_observe(observed).all()
+        possible = self.likelihood.can_observe(observed, **self.learned)
+        if grey:
+            pixels = self.likelihood.to_pixels(observed)
+            possible |= ((pixels >= 0) & (pixels <= 1)).all(-1)
+        possible = possible.all()
         if y is not None:
             possible &= ((y == 0) | (y == 1)).all() & (y.sum(-1) == 1).all()
         if not possible:

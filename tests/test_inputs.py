@@ -275,10 +275,10 @@ ESTIMATES = {
     "naive": lambda vae, x: naive(vae, x, particles=2),
     "annealed": lambda vae, x: annealed(vae, x, steps=1, chains=1, leapfrog=1),
 }
-NOT_OBSERVED = {  # values that no pixels in [0, 1] are observed as
+NOT_OBSERVED = {  # values that are neither observed of pixels in [0, 1] nor drawn from the model
     "bernoulli": (0.5, -1.0, 2.0, math.nan),
     "continuous-bernoulli": (-0.1, 1.1, 255.0, math.nan),
-    "gaussian": (-0.1, 1.1, 255.0, math.nan, math.inf),
+    "gaussian": (-2.3, 3.3, 255.0, math.nan, math.inf),  # 10 standard deviations are 2.236
     "categorical": (0.5, -1.0, 256.0, math.nan),
 }
 
@@ -299,6 +299,21 @@ def test_only_what_a_likelihood_observes_is_given_evidence(family, likelihood):
         assert "of shape (N, 60), got (2, 30)" in one_line(lambda estimate=estimate: estimate(vae, x[:, :30]))
 
 
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, "gaussian, learned"])
+def test_what_is_drawn_from_a_model_is_given_evidence(make_vae, likelihood):
+    name, *learned = likelihood.split(", ")
+    vae = make_vae(SHAPE, likelihood=name, hidden=(4,), **({"c": "learned"} if learned else {}))
+    with torch.no_grad():
+        x = vae.likelihood_of(vae.draw(200, seed=0)).sample()
+    vae.check_observed(x)
+    if learned:
+        x[0, 0] = 1.3  # little more than a standard deviation above 1 where c = 0.05
+        vae.check_observed(x)
+        with torch.no_grad():
+            vae.learned["log_c"].fill_(math.log(1e-4))  # 30 of them
+        assert "values that it cannot observe" in one_line(lambda: vae.check_observed(x))
+
+
 @pytest.mark.parametrize("y", [(0.5, 0.5, 0.0), (1.0, 1.0, 0.0), (0.0, 0.0, 0.0)])
 def test_evidence_is_of_one_class(family, y):
     vae = family(classes=3)
@@ -308,10 +323,26 @@ def test_evidence_is_of_one_class(family, y):
     assert "got values that it cannot observe" in one_line(lambda: vae.check_observed(x))
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_a_guide_sees_grey_pixels_and_what_is_drawn_from_the_model(family, likelihood):
+    vae = family(likelihood=likelihood)
+    with torch.no_grad():
+        drawn = vae.likelihood_of(vae.draw(20, seed=0)).sample()
+    for x in (vae.observe(torch.rand(2, 60)), drawn):
+        vae.check_observed(x, grey=True)
+    if likelihood == "bernoulli":
+        vae.check_observed(grey(2, 60), grey=True)
+        assert "cannot observe" in one_line(lambda: vae.check_observed(grey(2, 60)))
+    for value in (-3.0, 300.0, math.nan):
+        x = torch.zeros(2, 60)
+        x[0, 0] = value
+        assert "cannot observe" in one_line(lambda x=x: vae.check_observed(x, grey=True))
+
+
 @pytest.mark.parametrize("measure", [kl_per_image, latent_means])
 def test_measures_of_codes_take_pixels_in_range(vae, measure):
     assert len(measure(vae, grey(2, 60))) == 2
-    assert "expected observations in [0, 1], got values" in one_line(lambda: measure(vae, 255 * grey(2, 60)))
+    assert "got values that it cannot observe" in one_line(lambda: measure(vae, 255 * grey(2, 60)))
     assert "of shape (N, 60), got (2, 30)" in one_line(lambda: measure(vae, grey(2, 30)))
 
 
