@@ -187,7 +187,8 @@ def gradient_moments(
             times faster.
         vectorize: Whether to take many draws in one pass; None: where that is possible.
         compile: Whether to compile the program of draws that are taken one by one, which takes seconds.
-        progress: Called with how many more draws are done.
+        progress: Called with how many more draws are done; with minus their number where all of them are
+            taken again, entry by entry, because rounding spoiled the trace.
 
     Raises:
         ValueError: Too few draws, unknown parameters in `parts`, or the estimator refuses the pair.
@@ -236,8 +237,18 @@ def gradient_moments(
                 progress(len(numbers))
     lost = max((tally.relative_error() for tally in tallies.values()), default=0.0)
     if lost > LARGEST_ERROR:  # the variance is small beside the mean: as a difference of squares it drowns
+        progress(-draws)
         return gradient_moments(
-            model, guide, estimator, x, draws=draws, seed=seed, parts=parts, vectorize=vectorize
+            model,
+            guide,
+            estimator,
+            x,
+            draws=draws,
+            seed=seed,
+            parts=parts,
+            vectorize=vectorize,
+            compile=compile,
+            progress=progress,
         )
     means = {name: tally.mean() for name, tally in tallies.items()}
     traces = {name: tally.traces(means[name]) for name, tally in tallies.items()}

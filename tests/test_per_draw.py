@@ -305,17 +305,39 @@ def test_factors_multiply_to_the_gradient():
     torch.testing.assert_close(shared.materialised(), torch.einsum("sno,ni->soi", deltas, inputs[0]))
 
 
-def test_a_variance_that_would_drown_in_the_mean_is_found_entry_by_entry(make_vae, by_factors):
+def nearly_noiseless(make_vae):
     """With so little noise in z, float32 cannot tell the mean square of a gradient from the squared mean."""
     vae, x = setting(make_vae, batch=4, hidden=(128,), dtype=torch.float32)
     with torch.no_grad():
         vae.posterior.head.bias[vae.posterior.parts()["scale head"]["head.bias"]] = -14.0
+    return vae, x
+
+
+def test_a_variance_that_would_drown_in_the_mean_is_found_entry_by_entry(make_vae, by_factors):
+    vae, x = nearly_noiseless(make_vae)
     stats = moments(vae, AnalyticKL(), x, elementwise=False)
     assert by_factors, "they were tried"
     assert stats.tr_cov() < 1e-5 * stats.squared_norm()
     assert_moments_of(
         stats, independent(*vae.pair, TraceMeanField_ELBO(), (x,), dict(vae.named_parameters())), 1e-5
     )
+
+
+def test_draws_that_are_taken_again_are_compiled_and_counted_too(make_vae, monkeypatch):
+    vae, x = nearly_noiseless(make_vae)
+    captured, told = [], []
+
+    class Spy(Capture):
+        def __call__(self, *args):
+            captured.append(self)
+            return super().__call__(*args)
+
+    monkeypatch.setattr(per_draw, "Capture", partial(Spy, backend=traced))
+    settings = {"elementwise": False, "vectorize": False, "progress": told.append}
+    again = moments(vae, AnalyticKL(), x, compile=True, **settings)
+    assert told == [2, 2, -DRAWS, 2, 2]
+    assert [captured.count(program) for program in dict.fromkeys(captured)] == [DRAWS, DRAWS]
+    assert_same(again, moments(vae, AnalyticKL(), x, **settings), 1e-5)
 
 
 # An independent loop
