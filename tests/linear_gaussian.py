@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.testbed import LinearGaussian
+from pyrovae.variance import GradientStats, _block_size
 
 NAMES = ("mu", "rho", "w", "b")
 
@@ -95,3 +96,34 @@ TABLED = {
 }
 CASES = TABLED | {f"random-{seed}": random_case(seed) for seed in range(20)}
 MILD = TABLED | {f"mild-{seed}": mild_case(seed) for seed in range(4)}
+OFF = TABLED["off"]
+
+
+def stats_of(samples: torch.Tensor, seed: int = 0) -> GradientStats:
+    """The statistics of these draws of a gradient, (draws, entries), all of one parameter."""
+    samples = samples.double()
+    n, spread = len(samples), samples.var(0)
+    block = _block_size(n)
+    before = torch.arange(n) // block * block
+    centres = samples.cumsum(0)[before - 1] / before.clamp(min=1)[:, None]
+    distances = (samples - centres).square().sum(1) * before / (before + 1)
+    distances[:block] = (samples[:block:2] - samples[1:block:2]).square().sum(1).repeat_interleave(2) / 2
+    return GradientStats(
+        draws=n,
+        seed=seed,
+        mean={"p": samples.mean(0)},
+        variance={"p": spread},
+        tr_cov_of={"p": spread.sum().item()},
+        parts={"encoder": {"p": slice(None)}},
+        looped="",
+        block_sums={"p": torch.stack([part.sum(0) for part in samples.split(block)])},
+        traces={"encoder": spread.sum().item()},
+        distances={"encoder": distances.numpy()},
+    )
+
+
+def runs(estimator, draws: int, number: int, case: LinearGaussian = OFF, seed: int = 0) -> list[GradientStats]:
+    """So many independent measurements, all drawn in one pass."""
+    gradients = Copies(case, draws * number).gradients_of(estimator, seed)
+    samples = torch.stack(list(gradients.values()), dim=1).detach()
+    return [stats_of(part, seed=i) for i, part in enumerate(samples.split(draws))]

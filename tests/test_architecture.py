@@ -25,7 +25,7 @@ FLOORS = [
     {"evidence"},
     {"evaluation", "checkpoints", "checks", "distributed", "pairs"},
     {"graphs", "signals"},
-    {"training", "per_draw"},
+    {"training", "per_draw", "intervals"},
     {"variance"},
     {"comparison"},
     {"config", "figures"},

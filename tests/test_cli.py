@@ -476,7 +476,6 @@ def _quickly(monkeypatch):
     """Results come without figures and with coarse p-values and timings, which take most of the time."""
     monkeypatch.setattr(laboratory.figures.Figure, "savefig", lambda *args, **kwargs: None)
     monkeypatch.setattr(variance, "FLIPS", 1000)
-    monkeypatch.setattr(variance, "RESAMPLES", 200)
     monkeypatch.setattr(comparison, "TIMINGS", 1)
     variance._signs.cache_clear()
     yield

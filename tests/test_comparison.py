@@ -74,7 +74,6 @@ def _fewer():
         patch.setattr(variance, "FLIPS", 1000)
         patch.setattr(comparison, "WARMUP", 20)
         patch.setattr(comparison, "TIMINGS", 1)
-        patch.setattr(variance, "RESAMPLES", 200)
         variance._signs.cache_clear()
         yield
     variance._signs.cache_clear()

@@ -41,7 +41,6 @@ def _fewer():
         patch.setattr(variance, "FLIPS", 1000)
         patch.setattr(comparison, "WARMUP", 5)
         patch.setattr(comparison, "TIMINGS", 1)
-        patch.setattr(variance, "RESAMPLES", 200)
         patch.setattr(comparison, "REFERENCE_PARTICLES", 4)
         patch.setattr(runs, "_picture", lambda *args: None)
         variance._signs.cache_clear()

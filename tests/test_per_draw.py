@@ -82,7 +82,7 @@ def deviation(stats: GradientStats, other: GradientStats) -> float:
         compare(stats.tr_cov(group), other.tr_cov(group), scale)
         compare(stats.interval(group), other.interval(group), scale)
         for member in other.members(group):
-            compare(stats.pairs[member], other.pairs[member], max(scale, other.pairs[member].max()))
+            compare(stats.distances[member], other.distances[member], max(scale, other.distances[member].max()))
     for name, trace in other.tr_cov_of.items():
         compare(stats.tr_cov_of[name], trace, scale)
     return max(worst)
@@ -192,7 +192,7 @@ def test_any_number_of_draws(make_vae, draws):
     vae, x = setting(make_vae, batch=2)
     stats = moments(vae, Elbo(), x, draws=draws, vectorize=True)
     assert stats.draws == draws
-    assert {len(pairs) for pairs in stats.pairs.values()} == {draws // 2}
+    assert {len(each) for each in stats.distances.values()} == {draws}
     assert_same(stats, one_by_one(vae, Elbo(), x, draws=draws))
 
 
@@ -357,8 +357,19 @@ def independent(
     return {name: np.stack(each) for name, each in found.items()}
 
 
+def distances(draws: np.ndarray, size: int) -> np.ndarray:
+    """Squared distances from the mean of earlier blocks of this size, with the trace as their expectation."""
+    first = ((draws[:size:2] - draws[1:size:2]) ** 2).sum(1) / 2
+    rest = [
+        ((draws[i] - draws[:before].mean(0)) ** 2).sum() * before / (before + 1)
+        for i in range(size, len(draws))
+        for before in [i // size * size]
+    ]
+    return np.concatenate([np.repeat(first, 2), rest])
+
+
 def assert_moments_of(stats: GradientStats, gradients: dict[str, np.ndarray], tolerance: float = 1e-9):
-    """Mean, variances, trace and pairs, all by numpy."""
+    """Mean, variances, trace and distances, all by numpy."""
     assert stats.mean.keys() == gradients.keys()
     largest = max(np.abs(each).max() for each in gradients.values())
     for name, each in gradients.items():
@@ -370,9 +381,10 @@ def assert_moments_of(stats: GradientStats, gradients: dict[str, np.ndarray], to
         )
         assert stats.tr_cov_of[name] == pytest.approx(variance.sum(), rel=tolerance, abs=tolerance * scale**2)
     everything = np.concatenate(list(gradients.values()), axis=1)
-    pairs = 0.5 * ((everything[::2] - everything[1::2]) ** 2).sum(1)
     scale = (everything**2).sum(1).max()
-    np.testing.assert_allclose(sum(stats.pairs.values()), pairs, atol=tolerance * scale, rtol=tolerance)
+    expected = distances(everything, size=max(2, len(everything) // 32))
+    found = sum(stats.distances.values())
+    np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=tolerance)
     assert stats.tr_cov() == pytest.approx(everything.var(0, ddof=1).sum(), rel=tolerance)
 
 
@@ -793,8 +805,8 @@ def test_the_parameter_store_gets_nothing(make_vae):
 def test_a_draw_depends_on_the_seed_and_its_number_alone(make_vae):
     vae, x = setting(make_vae)
     few, many = (moments(vae, Elbo(), x, draws=draws) for draws in (DRAWS, 20))
-    for group, pairs in few.pairs.items():
-        np.testing.assert_allclose(many.pairs[group][: DRAWS // 2], pairs, rtol=1e-9)
+    for group, each in few.distances.items():
+        np.testing.assert_allclose(many.distances[group][:DRAWS], each, rtol=1e-9)
     assert not np.isclose(moments(vae, Elbo(), x, seed=1).tr_cov(), few.tr_cov())
     torch.manual_seed(5)
     assert_same(moments(vae, Elbo(), x), few, 0)
@@ -806,7 +818,7 @@ def test_estimators_share_their_noise(make_vae):
     first = moments(vae, Elbo(), x)
     for estimator in (AnalyticKL(), Elbo(use_rep=False), Dreg(), RunningMean()):
         other = moments(vae, estimator, x)
-        np.testing.assert_allclose(other.pairs["decoder"], first.pairs["decoder"], rtol=1e-9)
+        np.testing.assert_allclose(other.distances["decoder"], first.distances["decoder"], rtol=1e-9)
 
 
 # Refusals
