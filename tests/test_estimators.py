@@ -29,6 +29,7 @@ from pyrovae.estimators import (
     Iwae,
     LearnedBaseline,
     MeasureValued,
+    Reconstruction,
     Renyi,
     Rloo,
     RunningMean,
@@ -935,16 +936,17 @@ def program(*names, observe=False):
 
 
 @pytest.mark.parametrize(
-    ("model", "guide", "message"),
+    ("estimator", "model", "guide", "message"),
     [
-        (program("z", observe=True), program("other"), "same latent sites"),
-        (program("z"), program("z"), "observes data, got none"),
+        (Elbo(), program("z", observe=True), program("other"), "same latent sites"),
+        (Reconstruction(), program("z"), program("z"), "observes data, got none"),
+        (Elbo(), program(), program(), "expected a model with sample sites, got none"),
     ],
-    ids=["different sites", "nothing observed"],
+    ids=["different sites", "nothing observed", "nothing"],
 )
-def test_refuses_what_is_no_vae(model, guide, message):
+def test_refuses_what_is_no_vae(estimator, model, guide, message):
     with pytest.raises(ValueError, match=message):
-        Elbo().loss(model, guide)
+        estimator.loss(model, guide)
 
 
 def test_refuses_to_score_a_sample_that_a_flow_cannot_invert():

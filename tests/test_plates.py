@@ -503,6 +503,22 @@ def test_a_pair_without_latent_sites_is_that_of_maximum_likelihood():
             assert_same(ours, many(Trace_ELBO, particles), (model, lambda: None), [loc])
 
 
+def test_a_model_that_observes_nothing_is_a_density_to_approach():
+    loc, rho = number(0.3), number(-0.5)
+
+    def program(loc, scale):
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    pair = (lambda: program(loc.new_zeros(()), 2.0)), (lambda: program(loc, rho.exp()))
+    for particles in (1, 3):
+        twin = many(Trace_ELBO, particles)
+        assert_same(Elbo(num_particles=particles), twin, pair, [loc, rho])
+    exact = 4 * torch.distributions.kl_divergence(dist.Normal(loc, rho.exp()), dist.Normal(0.0, 2.0))
+    torch.testing.assert_close(AnalyticKL().differentiable_loss(*pair), exact)
+    assert math.isfinite(Rloo().loss_and_grads(*pair))
+
+
 # Refusals
 
 

@@ -43,8 +43,8 @@ class Draws:
         joint: Whether all data are taken as a single datum (B = 1), as they depend on each other.
 
     Raises:
-        ValueError: Model and guide differ in their latent sites or in the shape of one, the model observes
-            nothing, or a site's plates are not as `Layout` needs them.
+        ValueError: Model and guide differ in their latent sites or in the shape of one, a site is enumerated,
+            the guide observes data, or a site's plates are not as `Layout` needs them.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class Draws:
                 f"{sorted(self.model_sites)} in the model and {sorted(latents)} in the guide: mark those that "
                 "the guide alone needs by infer={'is_auxiliary': True}"
             )
-        if not self.observed_sites:
-            raise ValueError("expected a model that observes data, got none: pass obs= to a pyro.sample")
+        if not self.sites_in_model:
+            raise ValueError("expected a model with sample sites, got none")
         for name, site in self.model_sites.items():
             expected, got = site["fn"].event_shape, self.guide_sites[name]["fn"].event_shape
             if expected != got:
@@ -345,7 +345,8 @@ class Draws:
     def _sum(self, sites: Iterable[Site], scaled: bool = True) -> Float[Tensor, "K B"]:
         terms = [self._log_prob(site, scaled) for site in sites]
         if not terms:
-            return self.log_lik.new_zeros(self.num_particles, self.batch_size)
+            some = self._log_prob(self.all_sites()[0])
+            return some.new_zeros(self.num_particles, self.batch_size)
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
     def _log_prob(self, site: Site, scaled: bool = True) -> Float[Tensor, "K B"]:

@@ -146,6 +146,12 @@ class Reconstruction(Estimator):
     gradients: ClassVar = (True,)
     needs_density: ClassVar = False
 
+    def draws(self, model, guide, *args, **kwargs) -> Draws:
+        draws = super().draws(model, guide, *args, **kwargs)
+        if not draws.observed_sites:
+            raise ValueError("expected a model that observes data, got none: pass obs= to a pyro.sample")
+        return draws
+
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
         return draws.log_lik.mean(0)
 
