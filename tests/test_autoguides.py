@@ -309,6 +309,13 @@ def test_other_sites_of_the_guide_alone_are_refused(pair, message):
         Elbo().loss(*pair)
 
 
+def test_a_guide_that_runs_the_model_is_refused():
+    message = r"\Aexpected a guide that samples by itself, got AutoNormalMessenger, which runs the model.*\Z"
+    for guide in (auto.AutoNormalMessenger(real), poutine.mask(auto.AutoNormalMessenger(real), mask=True)):
+        with pytest.raises(ValueError, match=message):
+            Elbo().loss(real, guide, X)
+
+
 @pytest.mark.parametrize("how", ["parallel", "sequential"])
 def test_enumerated_sites_are_refused(how):
     def model():

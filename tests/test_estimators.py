@@ -12,6 +12,7 @@ import pyro.poutine as poutine
 import pytest
 import torch
 from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import kl_divergence
@@ -825,6 +826,26 @@ def test_pathwise_refuses_a_guide_without_rsample():
             message = r"\Aexpected a reparameterized.* guide site 'z'.*use_rep=False.*\Z"
             with pytest.raises(ValueError, match=message) if use_rep else contextlib.nullcontext():
                 estimator.loss(*pair)
+
+
+def test_pathwise_refuses_a_rejection_sampler_whose_score_has_a_part():
+    """Rejection Sampling Variational Inference, Naesseth et al., 2017: https://arxiv.org/abs/1610.05683."""
+    concentration = torch.tensor(2.5, dtype=F64, requires_grad=True)
+
+    def program(observe):
+        with pyro.plate("data", 3):
+            fn = ShapeAugmentedGamma(concentration, concentration.new_ones(()))
+            z = pyro.sample("z", dist.Gamma(concentration.new_ones(()), 1.0) if observe else fn)
+            if observe:
+                pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3, dtype=F64))
+
+    pair = (lambda: program(True)), (lambda: program(False))
+    with pytest.raises(
+        ValueError, match=r"\Aexpected a reparameterized .* for a part of its gradient only: .*\Z"
+    ):
+        Elbo().loss(*pair)
+    assert math.isfinite(Elbo(use_rep=False).loss_and_grads(*pair))
+    assert concentration.grad != 0
 
 
 def test_analytic_kl_refuses_a_pair_without_closed_form():

@@ -10,17 +10,20 @@ from typing import Any, ClassVar
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float
+from pyro.distributions.distribution import Distribution
 from pyro.infer import ELBO
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, unwrap
 from torch import Tensor
 
-from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs
+from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs, innermost
 from pyrovae.estimators.dependence import depends
 from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import PARTICLES, Site, too_deep
 from pyrovae.estimators.traces import (
+    Enumerated,
     Gates,
     Program,
+    check_sampled,
     is_drawn,
     point_masses,
     replayed,
@@ -157,6 +160,12 @@ class Estimator(ELBO, abc.ABC):
                 one that `Draws` describes.
         """
 
+        if isinstance(program := unwrap(guide), Messenger):
+            raise ValueError(
+                f"expected a guide that samples by itself, got {type(program).__name__}, which runs the model: "
+                "use an AutoGuide, or Pyro's Trace_ELBO"
+            )
+
         def bound_model():
             return model(*args, **kwargs)
 
@@ -247,7 +256,7 @@ def _explained() -> Iterator[None]:
     """Raises errors of running a program in the words of these estimators."""
     try:
         yield
-    except NoMirrorImage as error:  # a ValueError there would have Pyro append the trace's shapes
+    except (Enumerated, NoMirrorImage) as error:  # a ValueError there would have Pyro append the trace's shapes
         raise ValueError(str(error)) from None
     except ValueError as error:
         if collision := _COLLISION.search(str(error)):
@@ -263,6 +272,7 @@ class _Sampling(Messenger):
         self.antithetic, self.detach = antithetic, detach
 
     def _pyro_sample(self, msg: Site) -> None:
+        check_sampled(msg)
         if self.antithetic and is_drawn(msg):
             msg["value"] = antithetic_pairs(msg["fn"])
 
@@ -273,8 +283,11 @@ class _Sampling(Messenger):
 
 def _check_reparameterized(guide_trace: poutine.Trace) -> None:
     for name, site in sample_sites(guide_trace).items():
-        if not site["fn"].has_rsample:
+        lack = "has no rsample" if not site["fn"].has_rsample else ""
+        if type(innermost(site["fn"])).score_parts is not Distribution.score_parts:  # a rejection sampler
+            lack = "has one for a part of its gradient only"
+        if lack:
             raise ValueError(
-                f"expected a reparameterized sampler at guide site {name!r}, got {site['fn']}, which has "
-                "no rsample: use the score function (use_rep=False)"
+                f"expected a reparameterized sampler at guide site {name!r}, got {site['fn']}, which {lack}: "
+                "use the score function (use_rep=False)"
             )

@@ -94,12 +94,6 @@ class Draws:
         return inside, after
 
     def _validate(self) -> None:
-        for site in self.all_sites():
-            if how := site["infer"].get("enumerate"):
-                raise ValueError(
-                    f"expected no enumerated site, got infer={{'enumerate': {how!r}}} at site "
-                    f"{site['name']!r}: use Pyro's TraceEnum_ELBO, or the estimator 'enumerate'"
-                )
         for name, site in self.guide_sites.items():
             if site["is_observed"] and not is_auxiliary(site):
                 raise ValueError(f"expected a guide that observes nothing, got data at site {name!r}")

@@ -35,13 +35,38 @@ def traced(
     return poutine.trace(on_particles if at is None else poutine.replay(on_particles, trace=at)).get_trace()
 
 
+class Enumerated(Exception):
+    """A site that the program asks to be enumerated."""
+
+
+def check_sampled(site: Site) -> None:
+    """Checks that a site of a running program is to be sampled.
+
+    Raises:
+        Enumerated: It is to be enumerated. Pyro would append the trace's shapes to a ValueError.
+    """
+    if how := site["infer"].get("enumerate"):
+        raise Enumerated(
+            f"expected no enumerated site, got infer={{'enumerate': {how!r}}} at site {site['name']!r}: use "
+            "Pyro's TraceEnum_ELBO, or the estimator 'enumerate'"
+        )
+
+
+class _Sampled(Messenger):
+    """Refuses sites that a program asks to be enumerated."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        check_sampled(msg)
+
+
 def replayed(model: Program, guide_trace: poutine.Trace, num_particles: int, dim: int = -2) -> poutine.Trace:
     """A trace of the model at the guide's samples.
 
     The model sees views of them, so that `weigh_samples` finds the gradients that come from the model.
     """
     views = {name: site["value"].view_as(site["value"]) for name, site in sample_sites(guide_trace).items()}
-    return traced(model, num_particles, dim, at=replaced(guide_trace, views))
+    with _Sampled():
+        return traced(model, num_particles, dim, at=replaced(guide_trace, views))
 
 
 def replaced(trace: poutine.Trace, values: dict[str, Tensor]) -> poutine.Trace:
