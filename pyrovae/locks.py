@@ -26,7 +26,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # no POSIX: as on a file system without locks
+except ImportError:  # on Windows, which is treated as a file system without locks
     fcntl = None
 
 NAME = ".lock"
@@ -140,14 +140,16 @@ def _claimed(descriptor: int, directory: Path) -> bool:
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     with contextlib.suppress(OSError):  # on a full disk the lock is held without a name
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, text.encode())
     return True
 
 
 def _owner(descriptor: int) -> str:
     """Who holds the lock, as far as the file says."""
     try:
-        owner = json.loads(os.pread(descriptor, 1000, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        owner = json.loads(os.read(descriptor, 1000))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, LookupError, TypeError):  # the owner is about to write it, or could not
         return "another process"

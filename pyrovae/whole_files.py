@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                     raise file.failure from None
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(temporary, path)
+            os.replace(temporary, path)  # which Windows allows of a closed file only
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -131,7 +131,7 @@ def test_a_run_killed_before_any_step_goes_on_as_if_nothing_had_happened(tmp_pat
     with counted() as steps:
         runs.train(TINY, out=tmp_path / "counted")
     assert steps() > 25
-    for step in range(2, steps() + 1, 4):
+    for step in [*range(2, 8), *range(8, steps() + 1, 4)]:
         run = tmp_path / str(step)
         killed_at(step, tmp_path / "log", lambda run=run: runs.train(TINY, out=run))
         if step > 10:  # and once more
@@ -142,6 +142,19 @@ def test_a_run_killed_before_any_step_goes_on_as_if_nothing_had_happened(tmp_pat
             runs.train(TINY, out=run)
         assert_same_run(whole, run)
         assert names(run) == names(whole)
+
+
+def test_a_figure_of_an_epoch_that_a_kill_came_before_is_drawn_by_the_next_process(tmp_path, whole):
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "save_figure", die)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(TINY, out=tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run")) == 1
+    run, _ = runs.resume(tmp_path / "run")
+    assert names(run) == names(whole)
 
 
 def test_figures_of_a_run_that_was_extended_and_killed_are_drawn_anew(tmp_path, monkeypatch):
@@ -241,6 +254,9 @@ def test_a_stopped_sweep_leaves_no_cell_at_work_and_goes_on_where_it_was(tmp_pat
         *_, stopped, again = child.said.splitlines()
         assert stopped == "Stopped; nothing is lost. To go on:"
         assert again == f"  pyrovae {SWEEP} -o {out}"
+    deadline = time.monotonic() + 60
+    while locks.holder(out / "latent_dim-1") and time.monotonic() < deadline:  # the dead sweep's, until it ends
+        time.sleep(0.01)
     before = read_metrics(out / "latent_dim-1")
     assert len(before) < 5
     assert call(SWEEP, "-o", out)[0] == 0

@@ -113,7 +113,7 @@ def test_on_a_full_disk_the_lock_is_held_without_a_name(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "write", full)
     with held(tmp_path):
         assert holder(tmp_path) == "another process"
 
