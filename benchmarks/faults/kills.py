@@ -2,7 +2,7 @@
 
     python benchmarks/faults/kills.py [--kills N] [--seed S] [--only NAME]
 
-Each trial starts a run or a sweep, kills it by SIGKILL up to three times, in its first moments, while it trains
+Each trial starts a run or a sweep, kills it by SIGKILL up to five times, in its first moments, while it trains
 or while it draws, and goes on each time: by the same command while there is no checkpoint, or by `--resume`.
 In the end the directory must hold the same bytes as an undisturbed one, but for the seconds in the
 metrics. A trial fails if a file is lost, torn, left over or different, if a command that goes on is
@@ -139,7 +139,7 @@ def main(kills: int, seed: int, only: str | None, verbose: bool) -> None:
         cases = [undisturbed(name, words, place) for name, words in chosen.items()]
         while done < kills:
             case, out = cases[trials % len(cases)], place / f"trial-{trials}"
-            hits, wrong = trial(case, out, generator, min(3, kills - done))
+            hits, wrong = trial(case, out, generator, min(5, kills - done))
             done, trials, failures = done + hits, trials + 1, failures + wrong
             if verbose:
                 moments = f"{case.begun:.2f} of {case.seconds:.2f} s"
