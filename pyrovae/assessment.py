@@ -38,7 +38,8 @@ from pyrovae.evidence import (
     seeded,
 )
 from pyrovae.pareto import FEWEST_WEIGHTS, threshold
-from pyrovae.runs import VERSIONS, RunError, load, read_config, same_data
+from pyrovae.run_directories import VERSIONS, RunError, read_config, same_data
+from pyrovae.runs import load
 from pyrovae.vae import VAE
 from pyrovae.versions import recorded
 from pyrovae.weights import Evidence

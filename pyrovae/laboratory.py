@@ -20,7 +20,8 @@ from pyrovae.comparison import USUAL, Comparison, compare
 from pyrovae.config import COMPILE, LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.evaluation import seeded
-from pyrovae.runs import RunError, load, new_directory, read_config
+from pyrovae.run_directories import RunError, new_directory, read_config
+from pyrovae.runs import load
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
 from pyrovae.vae import VAE

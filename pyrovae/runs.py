@@ -8,12 +8,10 @@ figures/        pictures
 .lock           held by the process that writes to the run (see `locks`)
 """
 
-import contextlib
-import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,20 @@ from pyrovae import distributed, figures
 from pyrovae.checkpoints import explained, load_checkpoint, read_metrics
 from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
+from pyrovae.run_directories import (
+    LEFT,
+    RunError,
+    check_new,
+    describe,
+    new_directory,
+    read_config,
+    record,
+    same_data,
+)
 from pyrovae.signals import DeferredSignals
 from pyrovae.training import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
-from pyrovae.versions import recorded
 from pyrovae.whole_files import (
-    WriteError,
     clear_temporary,
     is_new,
     save_figure,
@@ -46,12 +52,6 @@ MOST_ROWS = 50  # classes in a figure of samples
 GRID_SIDE = 20  # decoded points per side of the manifold
 # On resuming; the data only in place.
 MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
-LEFT = ("config.json", "figures")  # what a run has before its first checkpoint
-VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
-
-
-class RunError(ValueError):
-    """A run directory is not what it should be."""
 
 
 class StoppedError(OSError):
@@ -89,7 +89,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     with distributed.together():
         device = distributed.own_device(config.device())
     dataset = distributed.in_turn(config.make_dataset)
-    if distributed.world() > 1 and len(set(distributed.gathered(json.dumps(_describe(dataset))))) > 1:
+    if distributed.world() > 1 and len(set(distributed.gathered(json.dumps(describe(dataset))))) > 1:
         raise RunError(f"expected the same data for every process, got different ones of {config.dataset}")
     steps = config.epochs * len(batch_sizes(len(dataset.train), config.batch_size))
     chosen, config = config.compile, config.resolved(dataset.levels)
@@ -98,13 +98,13 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
     vae = config.make_vae_for(dataset)
     check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
 
-    record = _record(config, dataset)  # first, so that no directory is left where it fails
+    settings = record(config, dataset)  # first, so that no directory is left where it fails
     stem = Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}"
     directory = distributed.from_first(lambda: new_directory(stem, out, LEFT))
 
     def begin() -> None:
-        _check_new(directory, LEFT)  # by now another process may have come and gone
-        write_atomically(directory / "config.json", record)
+        check_new(directory, LEFT)  # by now another process may have come and gone
+        write_atomically(directory / "config.json", settings)
 
     with distributed.locked(directory):
         distributed.from_first(begin)
@@ -160,7 +160,7 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
             if config.epochs < done:
                 raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
         if config != saved:
-            write_atomically(directory / "config.json", _record(config, dataset))
+            write_atomically(directory / "config.json", record(config, dataset))
         return trained
 
     trained = distributed.from_first(begin)
@@ -200,51 +200,6 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
     return vae.eval()
 
 
-def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
-    """A run's settings, and a description of its data.
-
-    Raises:
-        RunError: The directory is no run, or its config.json is damaged.
-    """
-    path = run / "config.json"
-    try:
-        contents = json.loads(path.read_text())
-        return Config.from_json(contents["config"]), contents["data"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"expected a run directory with config.json at {run}, got none") from None
-    except OSError as error:
-        raise RunError(f"expected a run directory whose config.json can be read, got: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
-
-
-def _record(config: Config, dataset: Dataset) -> str:
-    """The text of a run's config.json."""
-    contents = {"config": config.to_json(), "data": _describe(dataset), "versions": recorded(VERSIONS)}
-    return json.dumps(contents, indent=2) + "\n"
-
-
-def _describe(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "shape": list(dataset.shape),
-        "levels": dataset.levels,
-        "classes": dataset.classes,
-        "train": len(dataset.train),
-        "validation": len(dataset.validation),
-        "test": len(dataset.test),
-        "checksum": dataset.checksum,
-        "labels": dataset.label_checksum,
-    }
-
-
-def same_data(described: dict[str, Any], dataset: Dataset, config: Config) -> bool:
-    """Whether these are the data that a run describes; labels count where the model sees them."""
-    now = _describe(dataset)
-    if not config.conditional:
-        now = {name: value for name, value in now.items() if name not in ("classes", "labels")}
-    return all(described.get(name) == value for name, value in now.items())
-
-
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
     if changes.get("compile") == "auto":
         changes = {name: value for name, value in changes.items() if name != "compile"}
@@ -256,49 +211,6 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
                 f"only {', '.join(MAY_CHANGE)} may change on resuming"
             )
     return Config.from_json(merged)
-
-
-def new_directory(stem: Path, out: str | Path | None, left: Sequence[str] = ()) -> Path:
-    """Makes `out`, or else `<stem>-<n>` for the least n that is free.
-
-    Args:
-        left: Names of what a process leaves in it that is killed early, which is as good as nothing.
-
-    Raises:
-        RunError: `out` has other files, or cannot be made.
-        WriteError: The storage is full or fails.
-    """
-    try:
-        if out is not None:
-            directory = Path(out)
-            directory.mkdir(parents=True, exist_ok=True)
-            _check_new(directory, left)
-            return directory
-        for number in itertools.count(1):
-            directory = stem.with_name(f"{stem.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir(parents=True)
-                return directory
-    except OSError as error:
-        refused = WriteError.of(error, stem if out is None else Path(out))
-        if not refused.of_place:
-            raise refused from None
-        raise RunError(f"expected out where a run can be written, got: {error}") from None
-
-
-def _check_new(directory: Path, left: Sequence[str]) -> None:
-    if not is_new(directory, left) or not _ours(directory / "config.json"):
-        raise RunError(f"expected a new or empty directory for out, got {directory}, which has files")
-
-
-def _ours(path: Path) -> bool:
-    """Whether a config.json is one of a run, or none."""
-    try:
-        return json.loads(path.read_text()).keys() >= {"config", "data"}
-    except FileNotFoundError:
-        return True
-    except (ValueError, AttributeError):
-        return False
 
 
 def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:

@@ -29,6 +29,7 @@ FLOORS = [
     {"variance"},
     {"comparison"},
     {"config", "figures"},
+    {"run_directories"},
     {"runs"},
     {"sweep", "laboratory", "assessment", "pictures"},
     {"report"},

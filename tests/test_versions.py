@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pyrovae
-from pyrovae import runs, versions
+from pyrovae import run_directories, runs, versions
 from pyrovae.config import Config
 from pyrovae.versions import recorded, version_of
 
@@ -69,8 +69,8 @@ def test_no_directory_is_made_where_the_record_fails(tmp_path, monkeypatch):
         raise RuntimeError("no versions today")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "recorded", fail)
+    monkeypatch.setattr(run_directories, "recorded", fail)
     with pytest.raises(RuntimeError, match="no versions today"):
         runs.train(Config(epochs=1, limit=(64, 32), hidden=(4,)))
     assert not any(tmp_path.iterdir())
-    assert versions.UNKNOWN not in recorded(runs.VERSIONS).values()
+    assert versions.UNKNOWN not in recorded(run_directories.VERSIONS).values()
