@@ -91,6 +91,18 @@ def test_grid_shows_each_image_in_its_place():
     assert axes.get_title() == "title"
 
 
+def test_names_of_rows_and_columns_stand_at_the_middle_of_their_images():
+    rows = [list(torch.rand(3, 1, 4, 6))] * 2
+    (axes,) = figures.grid(rows, row_names=["a", "b"], column_names=["c", "d", "e"]).axes
+    assert dict(zip(labels_of(axes.get_xticklabels()), axes.get_xticks(), strict=True)) == {
+        "c": 3,
+        "d": 10,
+        "e": 17,
+    }
+    assert dict(zip(labels_of(axes.get_yticklabels()), axes.get_yticks(), strict=True)) == {"a": 2, "b": 7}
+    assert axes.axison
+
+
 def test_images_are_grey_from_black_to_white_and_upright():
     dark_above = torch.tensor([[[0.2, 0.2], [0.4, 0.4]]])  # not stretched to the range of the image
     figure = figures.grid([[dark_above]])
@@ -142,6 +154,12 @@ def test_manifold_rises_to_the_right_and_upwards(channels):
     assert axes.get_ylim() == (side * height, 0)
 
 
+@pytest.mark.parametrize(("side", "named"), [(1, 1), (4, 1), (9, 1), (10, 2), (20, 4)])
+def test_manifold_names_about_five_quantiles(side, named):
+    axes = figures.manifold(torch.rand(side, side, 1, 2, 2), torch.arange(side) / 100).axes[0]
+    assert labels_of(axes.get_xticklabels()) == [f"{k / 100:.2f}" for k in range(0, side, named)]
+
+
 def test_manifold_takes_a_prior_grid(make_vae):
     z, quantiles = prior_grid(3)
     vae = make_vae()
@@ -165,7 +183,7 @@ def test_latent_cloud_gives_each_class_its_colour(classes):
     assert [t.get_text() for t in axes.get_legend().get_texts()] == [str(3 * k) for k in range(classes)]
 
 
-@pytest.mark.parametrize("labels", [None, torch.zeros(60, dtype=torch.long), torch.arange(60) % 30])
+@pytest.mark.parametrize("labels", [None, torch.zeros(60, dtype=torch.long), torch.arange(60) % 21])
 def test_latent_cloud_without_classes_to_tell_apart(labels):
     z = torch.randn(60, 2, requires_grad=True)
     axes = figures.latent_cloud(z, labels).axes[0]
@@ -205,6 +223,36 @@ def test_curves_look_at_the_end_not_at_the_plunge():
         bottom, top = axes.get_ylim()
         assert bottom < last < top
         assert top - bottom < 1000
+
+
+@pytest.mark.parametrize("plunge", [-1e4, 1e4, -80.0, -51.0])
+def test_curves_look_where_nine_tenths_of_the_values_are(plunge):
+    """With half of their range above and below, but no more than Matplotlib would show."""
+    rows = history(40)
+    rows[0] |= {key: plunge for key in rows[0] if key != "epoch"}
+    axes = figures.curves(rows).axes[1]
+    lines = [[row[prefix + "reconstruction"] for row in rows] for prefix in ("", "validation_")]
+    low, high = np.quantile(lines, [0.05, 0.95])
+    bare = Figure().subplots()
+    for line in lines:
+        bare.plot([row["epoch"] for row in rows], line)
+    bottom, top = bare.get_ylim()
+    expected = max(bottom, low - (high - low) / 2), min(top, high + (high - low) / 2)
+    assert axes.get_ylim() == pytest.approx(expected)
+
+
+def test_curves_that_never_change_are_seen():
+    rows = [dict.fromkeys(row, 1.0) | {"epoch": row["epoch"]} for row in history(9)]
+    axes = figures.curves(rows).axes[0]
+    bottom, top = axes.get_ylim()
+    assert bottom < 1 < top
+
+
+def test_curves_have_a_panel_for_each_term_that_there_is():
+    rows = [
+        row | {"elbo": None, "kl": None, "validation_elbo": None, "validation_kl": None} for row in history(3)
+    ]
+    assert [axes.get_title() for axes in figures.curves(rows).axes] == [figures.TERMS["reconstruction"]]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -301,6 +349,17 @@ def test_variance_shows_where_noise_lies(panels):
     assert np.isnan(np.ma.filled(image.get_array(), np.nan)[2]).all()
 
 
+def test_where_noise_lies_is_shown_over_eight_decades_at_the_commonest_k():
+    traces = {"a": 1.0, "b": 1e-5, "c": 1e-20, "d": 0.0}
+    rows = [
+        make_row(estimator=name, particles=k, by_parameter=traces) for name, k in [("x", 4), ("y", 4), ("z", 2)]
+    ]
+    axes = next(axes for axes in figures.variance(rows, {}).axes if "by parameter" in axes.get_title())
+    assert axes.get_title().endswith("K = 4")
+    assert labels_of(axes.get_yticklabels()) == ["x", "y"]
+    assert axes.images[0].get_clim() == (-8, 0)
+
+
 def test_variance_shows_what_precision_costs(panels):
     """A bar for each estimator and K, from top to bottom."""
     bars = panels["work"].patches
@@ -348,3 +407,34 @@ def test_variance_over_training_bears_an_epoch_that_lacks_an_estimator():
         "iwae": 1,
         "enumerate": 2,
     }
+
+
+# Side by side, and on a line
+
+
+@pytest.mark.parametrize("spread", [0.1, 10.0])
+def test_codes_side_by_side_are_all_seen_beside_the_prior_s_two_scales(spread):
+    clouds = {"a": spread * torch.randn(30, 2), "b": spread * torch.randn(30, 2)}
+    figure = figures.side_by_side(clouds, None, [[list(numbered(2))]] * 2, {"a": 1.0, "b": 3.0})
+    points = torch.cat([*clouds.values(), torch.tensor([[2.0, 2.0], [-2.0, -2.0]])])
+    limits = [(1.05 * float(axis.min()), 1.05 * float(axis.max())) for axis in points.T]
+    for axes in (figure.axes[0], figure.axes[2]):
+        assert axes.get_xlim() == pytest.approx(limits[0])
+        assert axes.get_ylim() == pytest.approx(limits[1])
+        radii = [np.hypot(*line.get_xydata().T).round(6).max() for line in axes.lines]
+        assert radii == [1, 2]
+
+
+@pytest.mark.parametrize(("count", "bins"), [(9, 10), (400, 40), (2000, 60)])
+def test_a_histogram_has_bins_by_the_square_root_of_its_images(count, bins):
+    labels = torch.arange(count) % 3
+    (axes,) = figures.latent_histogram(torch.linspace(-4, 4, count), labels).axes
+    assert [len(container) for container in axes.containers] == [bins] * 3
+    heights = sum(bar.get_height() for container in axes.containers for bar in container)
+    assert heights == count
+    (line,) = axes.lines
+    width = 8 / bins
+    middle = np.abs(line.get_xdata()).argmin()
+    assert line.get_ydata()[middle] == pytest.approx(count * width / math.sqrt(2 * math.pi), rel=1e-3)
+    assert (line.get_xdata().min(), line.get_xdata().max()) == (-4, 4)
+    assert labels_of(axes.get_legend().get_texts()) == ["0", "1", "2"]
