@@ -143,12 +143,25 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
+def all_random_states() -> dict[str, Any]:
+    """The random states of torch, Python, numpy and every GPU that is in use."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return random_states(torch.device("cpu")) | {f"cuda:{gpu}": torch.cuda.get_rng_state(gpu) for gpu in gpus}
+
+
+def set_all_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `all_random_states`."""
+    set_random_states(states, torch.device("cpu"))
+    for name in states:
+        if name.startswith("cuda:"):
+            torch.cuda.set_rng_state(states[name], name)
+
+
 @contextlib.contextmanager
 def preserved_random_states() -> Iterator[None]:
     """On leaving, every random state is as it was."""
-    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    states = random_states(device)
+    states = all_random_states()
     try:
         yield
     finally:
-        set_random_states(states, device)
+        set_all_random_states(states)

@@ -1,7 +1,7 @@
 """What a Pyro model/guide pair is made of: its modules, and the tensors that it learns."""
 
 import contextlib
-import inspect
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,44 +9,85 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pyrovae.evidence import seeded
+from pyrovae.references import References
 
 
-def modules_of(*programs: Callable) -> set[nn.Module]:
-    """The modules that the programs are, are methods of, or name, and all in them."""
-    owners: list[Any] = []
-    for program in programs:
-        owner = getattr(program, "__self__", program)
-        owners.append(owner)
-        if inspect.isfunction(owner):
-            named = inspect.getclosurevars(owner)
-            owners += [*named.nonlocals.values(), *named.globals.values()]
-        elif not isinstance(owner, nn.Module):
-            owners += getattr(owner, "__dict__", {}).values()
-    return {module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()}
+def modules_of(*programs: Callable) -> list[nn.Module]:
+    """The modules that the programs refer to, in whatever way their code shows, and all in them."""
+    return References(programs).modules
+
+
+@contextlib.contextmanager
+def noticed_modules(notice: Callable[[nn.Module], None]) -> Iterator[None]:
+    """While entered, `notice` is called with each module before it is called for the first time."""
+    seen: dict[int, nn.Module] = {}
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        if id(module) not in seen:
+            seen[id(module)] = module
+            notice(module)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager
 def untouched(*programs: Callable) -> Iterator[None]:
-    """The programs' modules in evaluation mode; on leaving they and Pyro's parameter store are as they were."""
-    modes = {module: module.training for module in modules_of(*programs)}
-    for module in modes:
+    """The programs' modules in evaluation mode; on leaving they and Pyro's parameter store are as they were.
+
+    Modules that the programs' code does not show are put into that mode when they are first called.
+    """
+    modes: list[tuple[nn.Module, bool]] = []
+
+    def evaluate(module: nn.Module) -> None:
+        modes.append((module, module.training))
         module.training = False
+
+    for module in modules_of(*programs):
+        evaluate(module)
     store = pyro.get_param_store()
     try:
-        with store.scope(store.get_state()):
+        with store.scope(store.get_state()), noticed_modules(evaluate):
             yield
     finally:
-        for module, training in modes.items():
+        for module, training in reversed(modes):
             module.training = training
 
 
-def buffers_of(*programs: Callable) -> list[Tensor]:
-    """The buffers of the programs' modules."""
-    return [buffer for module in modules_of(*programs) for buffer in module.buffers(recurse=False)]
+@contextlib.contextmanager
+def unchanged_buffers(*programs: Callable) -> Iterator[list[nn.Module]]:
+    """On leaving, the buffers of the programs' modules, and of others that were called, hold what they held.
+
+    Gives a list of the modules that were called.
+    """
+    called: list[nn.Module] = []
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module) -> None:
+        buffers = list(module.buffers(recurse=False))
+        held.extend(zip(buffers, clones(buffers), strict=True))
+
+    for module in modules_of(*programs):
+        keep(module)
+
+    def notice(module: nn.Module) -> None:
+        called.append(module)
+        keep(module)
+
+    try:
+        with noticed_modules(notice):
+            yield called
+    finally:
+        for buffer, value in reversed(held):
+            copy([value], [buffer])
 
 
 @contextlib.contextmanager
@@ -60,21 +101,22 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What they hold."""
+    """Copies of what the tensors hold."""
     return [tensor.detach().clone() for tensor in tensors]
 
 
 def copy(values: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
-    """Has the tensors hold these values."""
+    """Has the tensors hold these values. One that holds its value already is not written to."""
     with torch.no_grad():
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
 
 
-def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+def parameters_of(model: Callable, guide: Callable, *args: Any) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors that a pair learns, unconstrained, by name, and the names of those that the guide uses.
 
-    Those of the modules that the programs are methods of, and of `pyro.param` and `pyro.module`.
+    They are those of `leaves_of` that require a gradient.
 
     Raises:
         ValueError: There is none.
@@ -85,32 +127,62 @@ def parameters_of(model: Callable, guide: Callable, *args: Tensor) -> tuple[dict
     return parameters, watch.seen
 
 
-def leaves_of(model: Callable, guide: Callable, *args: Any, seed: int | None = 0) -> dict[str, Tensor]:
-    """The same tensors, and those among them that are frozen: that require no gradient.
+def leaves_of(
+    model: Callable, guide: Callable, *args: Any, seed: int | None = 0, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors that a pair may learn, unconstrained, by name, with those that are frozen.
 
-    The programs are run, with noise of the seed, or of the caller's generators if there is none.
+    They are the parameters of the modules whose methods the programs are, and what the programs declare by
+    `pyro.param` and `pyro.module`. The programs are run for that, on their arguments.
+
+    Args:
+        model, guide: A Pyro pair.
+        args, kwargs: The arguments of both.
+        seed: Of the noise; None for noise of the caller's generators.
 
     Raises:
-        ValueError: Nothing is learned: all are frozen, or there is none.
+        ValueError: Nothing is learned, because all are frozen or there is none.
     """
-    named: dict[int, tuple[str, Tensor]] = {}
     noise = contextlib.nullcontext() if seed is None else seeded(seed, device_of(args))
-    with noise, unchanged(buffers_of(model, guide)), torch.no_grad():
-        for program in (guide, model):
-            owner = getattr(program, "__self__", program)
-            if isinstance(owner, nn.Module):
-                for name, parameter in owner.named_parameters():
-                    named.setdefault(id(parameter), (name, parameter))
-        guide_trace = poutine.trace(guide).get_trace(*args)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
-        for trace in (guide_trace, model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] == "param":
-                    leaf = pyro.get_param_store().get_state()["params"].get(name, site["value"])
-                    named.setdefault(id(leaf), (name, leaf))
-    if not any(leaf.requires_grad for _, leaf in named.values()):
-        raise ValueError("expected a model or guide with parameters that require a gradient, got none")
-    return dict(named.values())
+    with noise, unchanged_buffers(model, guide), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    leaves = registered((guide, model), (guide_trace, model_trace))
+    if not any(leaf.requires_grad for leaf in leaves.values()):
+        raise ValueError(
+            "expected a model or guide with parameters that require a gradient, got none: "
+            "declare them by pyro.param or pyro.module"
+        )
+    return leaves
+
+
+def registered(programs: Iterable[Callable], traces: Iterable[poutine.Trace]) -> dict[str, Tensor]:
+    """The unconstrained parameters of the modules whose methods the programs are, and of the traces' sites.
+
+    Two of one name get primes: w, w', w''.
+    """
+    store = dict(pyro.get_param_store().named_parameters())
+    found = [pair for program in programs for pair in own_parameters(program)]
+    for trace in traces:
+        sites = ((name, site["value"]) for name, site in trace.nodes.items() if site["type"] == "param")
+        found += [(name, store.get(name, value)) for name, value in sites]
+    leaves: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, leaf in found:
+        if id(leaf) not in seen:
+            seen.add(id(leaf))
+            while name in leaves:
+                name += "'"
+            leaves[name] = leaf
+    return leaves
+
+
+def own_parameters(program: Callable) -> Iterable[tuple[str, Tensor]]:
+    """The named parameters of the module that a program is, or is a method of; none if it is of no module."""
+    while isinstance(program, functools.partial):
+        program = program.func
+    owner = getattr(program, "__self__", program)
+    return owner.named_parameters() if isinstance(owner, nn.Module) else ()
 
 
 class _Watch(TorchFunctionMode):
@@ -140,4 +212,7 @@ def reads_attribute(func: Callable) -> bool:
 
 def device_of(args: tuple) -> torch.device:
     """The first tensor's."""
-    return next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device
+    return torch.device("cpu")

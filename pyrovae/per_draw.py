@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.estimators import Elbo, Estimator
 from pyrovae.evaluation import seeded
 from pyrovae.graphs import Capture
-from pyrovae.pairs import device_of, modules_of, reads_attribute, used_tensors
+from pyrovae.pairs import device_of, reads_attribute, used_tensors
 
 CONVOLUTIONS = {  # the names of their arguments after the input and the weight
     torch.conv2d: ("bias", "stride", "padding", "dilation", "groups"),
@@ -132,8 +132,7 @@ class PerDrawGradients:
                     raise NotVectorized(str(error)) from error
                 self.reason = str(error).split("\n")[0]
         if self.reason and compile:
-            owners = [*modules_of(model, guide), estimator]
-            self._gradients = Capture(self._gradients, owners)
+            self._gradients = Capture(self._gradients)
 
     def __call__(self, draws: range) -> Iterator[tuple[range, Callable[[str], Gradient]]]:
         """Gradients of these draws in chunks: the chunk's draws, and a function of a parameter's name."""

@@ -304,7 +304,7 @@ class _Trainer:
             self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self._terms)
             self.update: Callable[..., None] = self._update
             if on_gpu and not self.estimator.adapts and distributed.world() == 1:
-                self.update = Replay(self._update, self._state, self._judged, self.compiled.graph.key)
+                self.update = Replay(self._update, self._state, self._judged, self.compiled.graph)
             self.warmed_beta = torch.tensor(float(self.beta), device=self.device)
 
     def distribute(self) -> None:
@@ -402,7 +402,7 @@ class _Trainer:
 
     def _update(self, pixels: Tensor, labels: Tensor | None, weights: Tensor) -> None:
         terms = self.compiled(self.vae.observe(pixels, labels, check=False), weights=weights)
-        distributed.average(p.grad for p in self.compiled.parameters)
+        distributed.average(p.grad for p in self.compiled.parameters if p.grad is not None)
         self.optimizer.step()
         self._done(terms)
 

@@ -17,7 +17,7 @@ from pyrovae.evaluation import variance_of_means
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"buffers", "files", "folders", "inputs", "locks", "pareto", "processes", "texts", "versions"},
+    {"buffers", "files", "folders", "inputs", "locks", "pareto", "processes", "references", "texts", "versions"},
     {"whole_files"},
     {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
     {"guides", "testbed"},
