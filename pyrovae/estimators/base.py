@@ -177,7 +177,8 @@ class Estimator(ELBO, abc.ABC):
         if self.needs_density and masses:
             raise ValueError(
                 f"expected a guide with a density for {type(self).__name__}, got a point mass at site "
-                f"{masses[0]!r}, which has no ELBO: use the estimator 'reconstruction'"
+                f"{masses[0]!r}, which has no ELBO: use the estimator 'reconstruction', or for the mode of the "
+                "posterior Pyro's Trace_ELBO"
             )
         values, num_particles = self._explored(guide_trace)
         with _explained():
