@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyrovae.bias import BiasTest, check_bias
 from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
 from pyrovae.evaluation import seeded
+from pyrovae.intervals import Slope, slope
 from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.testbed import LinearGaussian
 from pyrovae.texts import to_csv
-from pyrovae.variance import BiasTest, GradientStats, Parts, check_bias, gradient_moments
+from pyrovae.variance import GradientStats, Parts, gradient_moments
 
 WARMUP = 200  # draws that a baseline is fitted to before it is held
 REFERENCE_PARTICLES = 16  # of the long run that an estimator of the ELBO is compared with
@@ -59,6 +60,10 @@ class Row:
         by_parameter: tr_cov by parameter.
         looped: Why draws were taken one by one, or "".
         truth: Exact values of tr_cov, ratio, snr_encoder and snr_decoder where they are known.
+        snr_encoder_interval: The 95 % confidence interval of snr_encoder, from 0 on where it cannot be told
+            from zero.
+        snr_decoder_interval: The same of snr_decoder.
+        effective_draws: How many of the draws hold the noise; see `GradientStats.effective_draws`.
     """
 
     estimator: str
@@ -86,6 +91,9 @@ class Row:
     by_parameter: dict[str, float]
     looped: str
     truth: dict[str, float] = field(default_factory=dict)
+    snr_encoder_interval: tuple[float, float] = (math.nan, math.nan)
+    snr_decoder_interval: tuple[float, float] = (math.nan, math.nan)
+    effective_draws: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Comparison:
     Attributes:
         rows: In the order of estimators, then particles.
         skipped: Estimators that do not apply, and why.
-        slopes: Of log SNR in log K, by estimator and by "encoder" and "decoder"; see `snr_slopes`.
+        slopes: The slopes of log SNR in log K, by estimator and by "encoder" and "decoder"; see `snr_slopes`.
         between_batches: The trace of the covariance of the mean gradient over batches, where several
             were given, and that of the noise within one, both of the estimator named, with its least K.
         settings: How this was measured.
@@ -103,7 +111,7 @@ class Comparison:
 
     rows: list[Row]
     skipped: dict[str, str]
-    slopes: dict[str, dict[str, float]]
+    slopes: dict[str, dict[str, Slope]]
     between_batches: dict[str, Any]
     settings: dict[str, Any]
 
@@ -119,7 +127,7 @@ class Comparison:
             bias, memory = row["bias"], row["peak_memory"]
             kept = {"bias": bias and BiasTest(**_restored(bias)), "peak_memory": memory}
             rows.append(Row(**_restored(row) | kept))
-        return cls(**contents | {"rows": rows, "slopes": _restored(contents["slopes"])})
+        return cls(**contents | {"rows": rows, "slopes": snr_slopes(rows)})
 
     def to_csv(self) -> str:
         """One line per row, with what is a number or a name; the settings in every line."""
@@ -288,7 +296,10 @@ def _summary(stats: GradientStats) -> dict[str, Any]:
         "largest_variance": stats.largest_variance(),
         "snr_encoder": stats.snr("encoder"),
         "snr_decoder": stats.snr("decoder"),
+        "snr_encoder_interval": stats.snr_interval("encoder"),
+        "snr_decoder_interval": stats.snr_interval("decoder"),
         "noise_floor": stats.noise_floor,
+        "effective_draws": stats.effective_draws(),
         "by_group": {group: stats.tr_cov(group) for group in stats.parts},
         "by_group_interval": {group: stats.interval(group) for group in stats.parts},
         "by_parameter": stats.tr_cov_of,
@@ -311,24 +322,24 @@ class _Counter:
         return count
 
 
-def snr_slopes(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """The slope of log SNR in log K by least squares, over the rows above their noise floor.
+def snr_slopes(rows: Iterable[Row]) -> dict[str, dict[str, Slope]]:
+    """The slopes of log SNR in log K by least squares, of the estimators that were measured at several K.
 
     As K grows, the pathwise importance-weighted gradient falls as K^-1/2 in phi and rises as K^1/2 in
     theta (Tighter Variational Bounds are Not Necessarily Better, Rainforth et al., 2018,
     https://arxiv.org/abs/1802.04537, theorem 1); the doubly reparameterized one rises in both.
     """
-    slopes: dict[str, dict[str, float]] = {}
+    slopes: dict[str, dict[str, Slope]] = {}
     rows = list(rows)
     for label in dict.fromkeys(row.estimator for row in rows):
         for group in ("encoder", "decoder"):
             points = [
-                (math.log(row.particles), math.log(snr))
+                (row.particles, getattr(row, f"snr_{group}"), getattr(row, f"snr_{group}_interval"))
                 for row in rows
-                if row.estimator == label and row.noise_floor < (snr := getattr(row, f"snr_{group}")) < math.inf
+                if row.estimator == label and getattr(row, f"snr_{group}") < math.inf
             ]
-            if len({k for k, _ in points}) > 1:
-                slopes.setdefault(label, {})[group] = float(np.polyfit(*zip(*points, strict=True), 1)[0])
+            if len({particles for particles, *_ in points}) > 1:
+                slopes.setdefault(label, {})[group] = slope(*map(list, zip(*points, strict=True)))
     return slopes
 
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.comparison import Row
+from pyrovae.intervals import Slope
 from pyrovae.texts import in_figure, in_legend
 
 MAX_CLASSES = 20  # colours that can be told apart in a legend
@@ -271,7 +272,7 @@ def _classes(labels: Int[Tensor, " N"] | None, n: int) -> Iterator[tuple[np.ndar
         yield (labels == label).cpu().numpy(), {"color": colour, "label": str(label)}
 
 
-def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: str = "") -> Figure:
+def variance(rows: Sequence[Row], slopes: dict[str, dict[str, Slope]], title: str = "") -> Figure:
     """Estimators compared: variance and signal-to-noise against K, what precision costs, and where noise lies.
 
     Args:
@@ -296,7 +297,8 @@ def variance(rows: Sequence[Row], slopes: dict[str, dict[str, float]], title: st
         of_variance.plot(particles, [row.tr_cov for row in own], label=in_legend(label), **styles[label])
         for axes, group in ((of_encoder, "encoder"), (of_decoder, "decoder")):
             slope = slopes.get(label, {}).get(group)
-            name = None if slope is None else f"{in_legend(label)}: slope {slope:+.2f}"
+            resolved = slope is not None and not slope.unresolved
+            name = f"{in_legend(label)}: slope {slope.value:+.2f}" if resolved else None
             ratios = [max(getattr(row, f"snr_{group}"), row.noise_floor / 10) for row in own]
             axes.plot(particles, ratios, label=name, **styles[label])
     of_variance.set(title="tr Cov of the gradient, all parameters", ylabel="tr Cov")

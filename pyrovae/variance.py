@@ -1,13 +1,11 @@
-"""How noisy a gradient estimator is: moments of its gradient, tests for bias, and signal-to-noise ratios.
+"""How noisy a gradient estimator is: moments of its gradient, with intervals, and signal-to-noise ratios.
 
 Every number here is conditional on the parameters and the batch at hand: the only randomness is the
 estimator's own. Gradients are of the bound, averaged over the batch, in nats per datum.
 """
 
-import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +15,6 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
-from scipy.special import stdtrit
 from torch import Tensor
 
 from pyrovae.intervals import mean_limits, ratio_limits, snr_limits
@@ -26,7 +23,6 @@ from pyrovae.per_draw import Gradient, PerDrawGradients
 
 BLOCKS = 32  # means over blocks of draws, from which bias is judged
 LARGEST_ERROR = 1e-3  # relative, of a trace, by rounding
-FLIPS = 200_000  # of signs, in the test for bias
 Parts = Mapping[str, Mapping[str, slice]]  # group -> parameter -> the rows of it that belong to the group
 
 
@@ -425,104 +421,3 @@ class _Tally:
             group: float(self.squares[group] - self.draws * mean[rows].square().sum()) / (self.draws - 1)
             for group, rows in self.rows.items()
         }
-
-
-@dataclass(frozen=True)
-class BiasTest:
-    """Whether a mean gradient differs from a reference.
-
-    Attributes:
-        max_z: The largest |z| of all entries, from means over blocks of draws.
-        limit: What it may be, for that many entries at the false-alarm rate.
-        excess: An unbiased estimate of ||mean - reference||^2.
-        p_value: How often it is as large when the blocks' differences have random signs.
-        biased: Whether max_z or the p-value is beyond its limit.
-    """
-
-    max_z: float
-    limit: float
-    excess: float
-    p_value: float
-    biased: bool
-
-
-def check_bias(
-    stats: GradientStats,
-    reference: GradientStats | Mapping[str, Tensor],
-    *,
-    groups: Sequence[str] = ("all",),
-    false_alarm: float = 1e-4,
-) -> BiasTest:
-    """Tests whether an estimator's mean gradient is that of a reference.
-
-    Two tests share the false-alarm rate. One takes the largest |z| of all entries against Student's
-    t with a Bonferroni correction. The other takes ||mean - reference||^2 against its distribution
-    under random signs of the differences between blocks of draws, which are symmetric around zero
-    where there is no bias. Signed differences are never averaged over entries: they cancel.
-
-    Args:
-        stats: What is tested.
-        reference: An independent measurement (another seed, as many draws or more), or exact gradients.
-        groups: The groups of parameters that are compared.
-        false_alarm: The rate at which an unbiased estimator is called biased.
-
-    Raises:
-        ValueError: The reference has the same seed: its noise is not independent.
-    """
-    exact = not isinstance(reference, GradientStats)
-    if not exact and reference.seed == stats.seed:
-        raise ValueError(f"expected a reference with another seed, got {stats.seed} for both")
-    differences, scales = [], []
-    for group in itertools.chain.from_iterable(map(stats.members, groups)):
-        for name, rows in stats.parts[group].items():
-            ours = stats.block_means(name, rows)
-            if exact:
-                theirs = (
-                    reference[name].to(ours).reshape(stats.block_sums[name].shape[1:])[rows].flatten()[None]
-                )
-            else:
-                theirs = reference.block_means(name, rows)
-                blocks = min(len(ours), len(theirs))
-                ours, theirs = _merged(ours, blocks), _merged(theirs, blocks)
-            differences.append(ours - theirs)
-            scales.append(theirs.abs().max())
-            eps = torch.finfo(stats.block_sums[name].dtype).eps
-    difference = torch.cat(differences, dim=1)
-    blocks, entries = difference.shape
-    rounding = max(100 * eps, 1e-9) * torch.stack(scales).max().item()
-    error = torch.cat([_standard_error(part) for part in differences]) + rounding
-    error = error.clamp(min=torch.finfo(torch.float64).tiny)
-    max_z = (difference.mean(0).abs() / error).max().item()
-    limit = -float(stdtrit(blocks - 1, false_alarm / 4 / entries))
-    gram = (difference @ difference.T).cpu().numpy()
-    signs = _signs(blocks)
-    totals = ((signs @ (gram / max(gram.max(), 1e-300)).astype(np.float32)) * signs).sum(1)
-    observed = gram.sum()
-    negligible = math.sqrt(max(observed, 0.0)) / blocks <= rounding * math.sqrt(entries)
-    p_value = (
-        1.0
-        if negligible
-        else (1 + int((totals >= observed / max(gram.max(), 1e-300) * (1 - 1e-6)).sum())) / (1 + FLIPS)
-    )
-    excess = (observed - np.trace(gram)) / (blocks * (blocks - 1))
-    biased = max_z > limit or p_value < false_alarm / 2
-    return BiasTest(max_z, limit, float(excess), p_value, biased)
-
-
-def _standard_error(differences: Float[Tensor, "blocks entries"]) -> Float[Tensor, " entries"]:
-    """Of the mean over blocks; an entry's is at least a tenth of what is typical of its parameter.
-
-    Else an entry that moves only in events too rare to have been drawn would look exact, and wrong.
-    """
-    error = (differences.var(0) / len(differences)).sqrt()
-    return torch.hypot(error, 0.1 * error.square().mean().sqrt())
-
-
-@functools.cache
-def _signs(blocks: int) -> Float[np.ndarray, "flips blocks"]:
-    return np.random.default_rng(0).integers(0, 2, (FLIPS, blocks), dtype=np.int8).astype(np.float32) * 2 - 1
-
-
-def _merged(blocks: Tensor, count: int) -> Tensor:
-    """Means over this many groups of blocks, which may be of unequal size by one."""
-    return torch.stack([part.mean(0) for part in blocks.tensor_split(count)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.testbed import LinearGaussian
-from pyrovae.variance import GradientStats, _block_size
+from pyrovae.variance import GradientStats, _block_size, gradient_moments
 
 NAMES = ("mu", "rho", "w", "b")
 
@@ -127,3 +127,20 @@ def runs(estimator, draws: int, number: int, case: LinearGaussian = OFF, seed: i
     gradients = Copies(case, draws * number).gradients_of(estimator, seed)
     samples = torch.stack(list(gradients.values()), dim=1).detach()
     return [stats_of(part, seed=i) for i, part in enumerate(samples.split(draws))]
+
+
+def measured(case: LinearGaussian, estimator, draws: int = 2048, seed: int = 0, **settings) -> GradientStats:
+    pair = case.pair()
+    x = torch.full((1, 1), case.x, dtype=torch.float64)
+    settings = {"parts": pair.parts()} | settings
+    return gradient_moments(pair.model, pair.guide, estimator, x, draws=draws, seed=seed, **settings)
+
+
+def by_parameter(values: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Numbers of mu, rho, w and b as tensors of the pair's parameters."""
+    mu, rho, w, b = (torch.tensor(values[name], dtype=torch.float64) for name in ("mu", "rho", "w", "b"))
+    return {
+        "encoder.bias": torch.stack([mu, rho]),
+        "decoder.weight": w.reshape(1, 1),
+        "decoder.bias": b.reshape(1),
+    }

@@ -17,7 +17,18 @@ from pyrovae.evaluation import variance_of_means
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [
-    {"buffers", "files", "folders", "inputs", "locks", "pareto", "processes", "references", "texts", "versions"},
+    {
+        "buffers",
+        "files",
+        "folders",
+        "inputs",
+        "locks",
+        "pareto",
+        "processes",
+        "references",
+        "texts",
+        "versions",
+    },
     {"whole_files"},
     {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
     {"guides", "testbed"},
@@ -27,6 +38,7 @@ FLOORS = [
     {"graphs", "signals"},
     {"training", "per_draw", "intervals"},
     {"variance"},
+    {"bias"},
     {"comparison"},
     {"config", "figures"},
     {"run_directories"},

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import pyrovae
-from pyrovae import commands, comparison, laboratory, runs, variance
+from pyrovae import bias, commands, comparison, laboratory, runs
 from pyrovae.checkpoints import read_metrics
 from pyrovae.cli import SUMMARIES, main
 from pyrovae.comparison import every_estimator
@@ -475,11 +475,11 @@ def printed(*args: str | Path) -> str:
 def _quickly(monkeypatch):
     """Results come without figures and with coarse p-values and timings, which take most of the time."""
     monkeypatch.setattr(laboratory.figures.Figure, "savefig", lambda *args, **kwargs: None)
-    monkeypatch.setattr(variance, "FLIPS", 1000)
+    monkeypatch.setattr(bias, "FLIPS", 1000)
     monkeypatch.setattr(comparison, "TIMINGS", 1)
-    variance._signs.cache_clear()
+    bias._signs.cache_clear()
     yield
-    variance._signs.cache_clear()
+    bias._signs.cache_clear()
 
 
 def test_variance_on_a_test_bed_leaves_three_files_and_prints_the_truth():

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pyrovae import figures
 from pyrovae.comparison import Row
+from pyrovae.intervals import Slope
 from pyrovae.vae import prior_grid
 from tests.test_comparison import make_row
 
@@ -288,7 +289,12 @@ def measured(epoch: int = 0) -> list[Row]:
     return [*rows, make_row(estimator="enumerate", snr_encoder=math.inf, snr_decoder=math.inf, **exact)]
 
 
-SLOPES = {"elbo": {"decoder": 0.5}, "iwae": {"encoder": -0.5, "decoder": 0.5}}
+RISING, FALLING = Slope(0.5, (0.4, 0.6)), Slope(-0.5, (-0.7, -0.4))
+UNRESOLVED = Slope(math.nan, (math.nan, math.nan), unresolved=(16,))
+SLOPES = {
+    "elbo": {"encoder": UNRESOLVED, "decoder": RISING},
+    "iwae": {"encoder": FALLING, "decoder": RISING},
+}
 
 
 @pytest.fixture(scope="module")

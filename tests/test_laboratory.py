@@ -11,15 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pyrovae import comparison, runs, variance
+from pyrovae import bias, comparison, runs
 from pyrovae.comparison import USUAL, Comparison, Row
 from pyrovae.config import Config
+from pyrovae.intervals import Slope
 from pyrovae.laboratory import (
     TESTBEDS,
     Measurement,
     directory_for,
     read,
     results_directory,
+    rows,
     table,
     title,
     write,
@@ -38,14 +40,14 @@ def _fewer():
     """Coarse p-values, little warming up, and shapes that test_cli checks, for the sake of time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        patch.setattr(variance, "FLIPS", 1000)
+        patch.setattr(bias, "FLIPS", 1000)
         patch.setattr(comparison, "WARMUP", 5)
         patch.setattr(comparison, "TIMINGS", 1)
         patch.setattr(comparison, "REFERENCE_PARTICLES", 4)
         patch.setattr(runs, "_picture", lambda *args: None)
-        variance._signs.cache_clear()
+        bias._signs.cache_clear()
         yield
-    variance._signs.cache_clear()
+    bias._signs.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +299,30 @@ def of_rows(found: Comparison, *rows: Row, **changes) -> list[str]:
     return table(replace(found, rows=list(rows), **changes)).splitlines()
 
 
-def test_what_is_below_the_noise_floor_is_said_to_be(along):
-    line = of_rows(along[1], make_row(snr_encoder=0.02, snr_decoder=0.2, noise_floor=0.0625))[2]
-    assert "< 0.062" in line
+def test_what_cannot_be_told_from_zero_is_said_to_be_below_the_end_of_its_interval(along):
+    intervals = {"snr_encoder_interval": (0.0, 0.0712), "snr_decoder_interval": (0.1, 0.3)}
+    line = of_rows(along[1], make_row(snr_encoder=0.02, snr_decoder=0.2, **intervals))[2]
+    assert "< 0.071" in line
     assert "0.20" in line
+
+
+def test_a_table_says_what_bias_would_have_been_found(along):
+    def cell(**changes) -> str:
+        row = make_row(bias=replace(along[1].rows[0].bias, **changes))
+        return rows(replace(along[1], rows=[row]))[1][3]
+
+    assert rows(along[1])[0][2:4] == ["bias", "found from"]
+    assert cell(relative=0.031) == "3.1 %"
+    assert cell(relative=math.inf, detectable=0.0123) == "0.012"
+    assert rows(replace(along[1], rows=[make_row(bias=None)]))[1][3] == ""
+    assert "found from: the bias that the test finds with probability 0.95" in table(along[1])
+
+
+def test_a_table_says_where_intervals_hold_less_than_they_say(along):
+    few, many = make_row(effective_draws=29.0), make_row(estimator="iwae", effective_draws=31.0)
+    said = "a few draws hold most of the noise of elbo: intervals meant to hold 95 % are known to hold 91 to"
+    assert said in "\n".join(of_rows(along[1], few, many))
+    assert "a few draws" not in "\n".join(of_rows(along[1], many))
 
 
 def test_notes_say_what_was_left_out_and_why(along):
@@ -310,13 +332,21 @@ def test_notes_say_what_was_left_out_and_why(along):
         looped,
         make_row(estimator="iwae"),
         skipped={"disarm": "expected a Bernoulli guide, got another"},
-        slopes={"iwae": {"encoder": -0.5, "decoder": 0.52}},
+        slopes={
+            "iwae": {
+                "encoder": Slope(math.nan, (math.nan, math.nan), unresolved=(16, 64)),
+                "decoder": Slope(0.52, (0.414, 0.6)),
+            }
+        },
         settings=along[1].settings | {"batch_norm": True},
     )
     text = "\n".join(lines)
     assert "slower, one draw at a time: the parameter c is not a layer's" in text
     assert "not measured: disarm: expected a Bernoulli guide" in text
-    assert "slope of log SNR in log K, iwae: encoder -0.50, decoder +0.52" in text
+    expected = (
+        "encoder not resolved (SNR at K = 16, 64 cannot be told from zero; take more draws); decoder +0.52 ["
+    )
+    assert f"slope of log SNR in log K [95 %], iwae: {expected}+0.41, +0.60]" in text
     assert "batch norm uses its running statistics" in text
 
 

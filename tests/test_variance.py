@@ -11,13 +11,11 @@ import pytest
 import torch
 from scipy import stats as distributions
 
-from pyrovae import variance
 from pyrovae.estimators import (
     AnalyticKL,
     Antithetic,
     Dreg,
     Elbo,
-    Enumerate,
     Iwae,
     MeasureValued,
     Renyi,
@@ -27,9 +25,8 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.testbed import LinearGaussian
-from pyrovae.variance import GradientStats, check_bias, gradient_moments
-from tests.linear_gaussian import MILD, OFF, TABLED, random_case, runs, stats_of
+from pyrovae.variance import GradientStats
+from tests.linear_gaussian import MILD, OFF, TABLED, by_parameter, measured, random_case, runs, stats_of
 from tests.test_per_draw import assert_same, independent
 
 F64 = torch.float64
@@ -44,23 +41,6 @@ def _without_checks_of_shapes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
-
-
-def measured(case: LinearGaussian, estimator, draws: int = 2048, seed: int = 0, **settings) -> GradientStats:
-    pair = case.pair()
-    x = torch.full((1, 1), case.x, dtype=F64)
-    settings = {"parts": pair.parts()} | settings
-    return gradient_moments(pair.model, pair.guide, estimator, x, draws=draws, seed=seed, **settings)
-
-
-def by_parameter(values: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Numbers of mu, rho, w and b as tensors of the pair's parameters."""
-    mu, rho, w, b = (torch.tensor(values[name], dtype=F64) for name in ("mu", "rho", "w", "b"))
-    return {
-        "encoder.bias": torch.stack([mu, rho]),
-        "decoder.weight": w.reshape(1, 1),
-        "decoder.bias": b.reshape(1),
-    }
 
 
 def test_statistics_of_given_draws_are_those_of_the_measurement():
@@ -313,184 +293,3 @@ def test_signal_to_noise_without_noise_or_signal():
     alternating = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
     assert stats_of(alternating).snr() == 0
     assert stats_of(alternating).squared_norm() < 0
-
-
-# Bias
-
-
-@functools.cache
-def long_run() -> GradientStats:
-    return measured(OFF, Elbo(num_particles=4), seed=1)
-
-
-@pytest.mark.parametrize(
-    "name", ["elbo", "elbo, score", "analytic-kl", "stl", "antithetic", "measure-valued", "rloo"]
-)
-def test_estimators_of_the_elbo_pass(name):
-    stats = of_off(name)
-    exact = check_bias(stats, by_parameter(OFF.gradient))
-    against = check_bias(stats, long_run())
-    assert not exact.biased
-    assert not against.biased
-    assert exact.max_z < exact.limit
-
-
-FOUR = {
-    "iwae": Iwae(num_particles=4),
-    "iwae, score": Iwae(num_particles=4, use_rep=False),
-    "vimco": Vimco(num_particles=4),
-    "dreg": Dreg(num_particles=4),
-    "stl-iwae": StlIwae(num_particles=4),
-}
-
-
-@functools.cache
-def of_four(name: str, seed: int = 0) -> GradientStats:
-    return measured(OFF, FOUR[name], seed=seed)
-
-
-@functools.cache
-def mean_of_four() -> dict[str, torch.Tensor]:
-    return by_parameter(OFF.truth(FOUR["iwae"]).mean)
-
-
-@pytest.mark.parametrize("name", FOUR)
-def test_sticking_the_landing_in_an_importance_weighted_bound_is_caught(name):
-    """It alone, and in phi alone."""
-    for reference in (mean_of_four(), of_four("iwae", seed=1)):
-        found = check_bias(of_four(name), reference)
-        assert found.biased is (name == "stl-iwae")
-        if found.biased:
-            assert found.max_z > found.limit
-            assert found.p_value < 1e-4
-            assert not check_bias(of_four(name), reference, groups=("decoder",)).biased
-            assert check_bias(of_four(name), reference, groups=("encoder",)).biased
-
-
-def test_excess_is_the_squared_bias():
-    iwae, stl = (OFF.truth(FOUR[name]).mean for name in ("iwae", "stl-iwae"))
-    expected = sum((iwae[name] - stl[name]) ** 2 for name in iwae)
-    found = check_bias(of_four("stl-iwae"), mean_of_four())
-    assert found.excess == pytest.approx(expected, rel=0.2)
-    assert abs(check_bias(of_four("dreg"), mean_of_four()).excess) < 0.01 * expected
-
-
-def test_bias_that_cancels_between_entries_is_found():
-    """Half of 1,000 entries a fifth of a standard deviation too high, half too low: the average is right."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1024, 1000, generator=generator, dtype=F64)
-    shift = 0.2 * torch.tensor([1.0, -1.0], dtype=F64).repeat(500)
-    truth = {"p": torch.zeros(1000, dtype=F64)}
-    assert not check_bias(stats_of(noise), truth).biased
-    found = check_bias(stats_of(noise + shift), truth)
-    assert found.biased
-    assert found.excess == pytest.approx(shift.square().sum().item(), rel=0.1)
-
-
-def test_bias_too_small_in_every_entry_is_found_in_all_together():
-    """A fifteenth of a standard deviation in each of 1,000 entries: no |z| is too large, their sum is."""
-    generator = torch.Generator().manual_seed(0)
-    found = check_bias(
-        stats_of(torch.randn(1024, 1000, generator=generator, dtype=F64) + 1 / 15),
-        {"p": torch.zeros(1000, dtype=F64)},
-    )
-    assert found.max_z < found.limit
-    assert found.p_value < 1e-4
-    assert found.biased
-
-
-def test_bias_in_one_entry_is_found():
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1024, 1000, generator=generator, dtype=F64)
-    noise[:, 17] += 0.4
-    found = check_bias(stats_of(noise), {"p": torch.zeros(1000, dtype=F64)})
-    assert found.max_z > found.limit
-    assert found.biased
-
-
-@pytest.fixture
-def _fewer_flips(monkeypatch):
-    """A tenth of a percent resolves what these tests ask of p-values, and takes a hundredth of the time."""
-    monkeypatch.setattr(variance, "FLIPS", 2000)
-    variance._signs.cache_clear()
-    yield
-    variance._signs.cache_clear()
-
-
-UNBIASED = {"score": (Elbo(use_rep=False), Elbo()), "dreg": (FOUR["dreg"], FOUR["iwae"])}
-
-
-@pytest.mark.usefixtures("_fewer_flips")
-@pytest.mark.parametrize("name", UNBIASED)
-def test_p_values_of_unbiased_estimators_are_uniform(name):
-    """100 runs of 128 draws against independent ones of 256. Limits at a false-alarm rate of 1e-5.
-
-    Power: Kolmogorov and Smirnov see a distribution function that is 0.24 off; the rate of false alarms at
-    a nominal 0.05, shared by two tests that overlap, must be below 0.17.
-    """
-    estimator, reference = UNBIASED[name]
-    theirs = [dataclasses.replace(stats, seed=1000 + stats.seed) for stats in runs(reference, 256, 100, seed=1)]
-    found = [
-        check_bias(*pair, false_alarm=0.05) for pair in zip(runs(estimator, 128, 100), theirs, strict=True)
-    ]
-    assert distributions.kstest([test.p_value for test in found], "uniform").pvalue > 1e-5
-    alarms = sum(test.biased for test in found)
-    assert alarms <= distributions.binom.ppf(1 - 1e-5, 100, 0.05)
-    excess = np.array([test.excess for test in found])
-    assert abs(excess.mean()) <= LIMIT * excess.std(ddof=1) / math.sqrt(100)
-
-
-def test_a_reference_with_the_same_noise_is_refused():
-    stats = measured(OFF, Elbo(), draws=64, seed=3)
-    with pytest.raises(ValueError, match="expected a reference with another seed, got 3 for both"):
-        check_bias(stats, measured(OFF, Iwae(), draws=64, seed=3))
-
-
-def test_equality_without_noise_is_no_bias():
-    exact = stats_of(torch.full((64, 3), 0.1))
-    for reference in ({"p": torch.full((3,), 0.1)}, dataclasses.replace(exact, seed=1)):
-        found = check_bias(exact, reference)
-        assert (found.p_value, found.biased) == (1, False)
-    assert check_bias(exact, {"p": torch.full((3,), 0.1001)}).biased
-    assert not check_bias(stats_of(torch.zeros(64, 3)), {"p": torch.zeros(3)}).biased
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_an_estimator_without_variance_passes_at_its_rounding(dtype):
-    """An antithetic pair has none in mu: what is left there is rounding, which is no bias."""
-    for case in (OFF, TABLED["sharp"], TABLED["posterior"]):
-        pair = case.pair().to(dtype)
-        x = torch.full((1, 1), case.x, dtype=dtype)
-        stats = gradient_moments(pair.model, pair.guide, Antithetic(), x, draws=256, parts=pair.parts())
-        assert not check_bias(stats, by_parameter(case.gradient), groups=("loc",)).biased
-        assert not check_bias(stats, by_parameter(case.gradient)).biased
-
-
-def test_an_exact_estimator_passes_against_itself(make_vae):
-    vae = make_vae(hidden=(8,), guide="bernoulli-code", latent_dim=3)
-    x = torch.bernoulli(torch.full((4, 64), 0.5))
-    stats, other = (
-        gradient_moments(*vae.pair, Enumerate(), x, draws=16, seed=seed, parts=vae.parts()) for seed in (0, 1)
-    )
-    for reference in (other, other.mean):
-        assert not check_bias(stats, reference).biased
-
-
-@pytest.mark.parametrize(
-    ("draws", "of_reference"),
-    [
-        (64, 128),
-        (256, 512),
-        (256, 256),
-        (100, 1000),
-        (96, 192),
-        (150, 300),
-        (62, 100),
-    ],
-)
-def test_a_reference_of_as_many_draws_or_more_will_do(draws, of_reference):
-    generator = torch.Generator().manual_seed(0)
-    stats, reference = (torch.randn(n, 3, generator=generator) for n in (draws, of_reference))
-    found = check_bias(stats_of(stats), stats_of(reference, seed=1))
-    assert math.isfinite(found.max_z)
-    assert not found.biased
