@@ -49,8 +49,7 @@ def k_hat(largest: Float[Tensor, "some N"]) -> Float[Tensor, " N"]:
     log_weight = (log_weight - log_weight[-1]).clamp(min=LOWEST)
     exceedances = log_weight[1:].exp() - log_weight[0].exp()
     count = (exceedances > 0).sum(0)
-    k = _fit(exceedances, count.clamp(min=1))
-    k = torch.where(count < FEWEST_IN_TAIL, math.inf, k)
+    k = torch.where(count < FEWEST_IN_TAIL, math.inf, _fit(exceedances, count))
     return torch.where(log_weight[0] > -EQUAL, -math.inf, k)
 
 
@@ -60,7 +59,7 @@ def _fit(x: Float[Tensor, "M N"], count: Int[Tensor, " N"]) -> Float[Tensor, " N
     With b = -k / sigma, the likelihood is largest at k = mean(log(1 - b x)), a function of b alone. The
     estimate of b is its posterior mean over a grid.
     """
-    quartile = x.gather(0, (len(x) - count + (count / 4 + 0.5).long() - 1).clamp(min=0).unsqueeze(0))[0]
+    quartile = x.gather(0, (len(x) - count + (count / 4 + 0.5).long() - 1).unsqueeze(0))[0]
     number = CANDIDATES + math.isqrt(len(x))
     index = torch.arange(1, number + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
     b = 1 / x[-1] + (1 - (number / (index - 0.5)).sqrt()) / (PRIOR_B * quartile)

@@ -75,7 +75,7 @@ class Evidence:
         k, t = self.particles, float(stdtrit(self.particles - 1, 1 - MISSED / 2))
         reach = t * self.error
         upper = self.log_evidence + reach
-        if 1 < k < pareto.FEWEST_WEIGHTS:
+        if k < pareto.FEWEST_WEIGHTS:
             half, skew = self.variance / 2, (k - 1) / float(chdtri(k - 1, 1 - MISSED / 2)) - 1
             spread = (t**2 * self.variance / k + (half * skew) ** 2).sqrt()
             upper = upper.maximum(self.bound + half + spread)

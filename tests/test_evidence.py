@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrovae.annealing import Point, anneal, transition
+from pyrovae import evidence
+from pyrovae.annealing import Point, anneal, schedule, transition
 from pyrovae.evidence import annealed, bidirectional, importance_weighted, naive, seeded
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS, Likelihood
@@ -285,6 +286,21 @@ def test_the_chains_do_not_start_with_the_noise_of_the_images():
     assert torch.equal(reverse, images.expand(2, 3, 1))
 
 
+def test_images_are_made_in_parts(monkeypatch):
+    """No more at a time than an estimate decodes, here 2, and all of them."""
+    vae, decoded = linear_vae(1, 5), []
+    vae.decoder.register_forward_hook(lambda _, args, eta: decoded.append(args[0]))
+    monkeypatch.setattr(evidence, "NUMBERS", 10)
+    found = bidirectional(vae, images=7, chains=1, steps=1, leapfrog=1)
+    made = decoded[:4]
+    assert [len(z) for z in made] == [2, 2, 2, 1]
+    assert found.x.shape == (7, 5)
+    assert len(torch.cat(made).unique()) == 7
+    assert (
+        max(z.shape[:-1].numel() for z in decoded) <= 4 * 2
+    )  # and annealed by two images, a pilot has 4 chains
+
+
 def test_reverse_chains_in_parts_give_every_image_its_own():
     vae = linear_vae(1, 1)
     found = bidirectional(vae, images=9, steps=20, chains=20, leapfrog=3, batch_size=60)
@@ -357,8 +373,18 @@ def test_a_path_that_runs_away_is_refused(value):
     assert (moved.log_lik == 0).all()
 
 
+def test_the_schedule_is_an_even_sigmoid_from_minus_four_to_four():
+    sigmoid = [1 / (1 + math.exp(-value)) for value in (-4, -2, 0, 2, 4)]
+    expected = [(value - sigmoid[0]) / (sigmoid[-1] - sigmoid[0]) for value in sigmoid]
+    assert schedule(4) == pytest.approx(expected)
+    assert schedule(1) == [0, 1]
+
+
 def test_a_transition_leaves_the_normal_distribution_as_it_is():
-    """With long steps, and paths that are refused: mean, variance and fourth moment of 400,000 chains."""
+    """With long steps, and paths that are refused: mean, variance and fourth moment of 400,000 chains.
+
+    With short steps the energy is kept, up to the square of the step size.
+    """
 
     def normal(z: Tensor) -> Point:
         half = -0.25 * z.square().sum(-1)
@@ -368,6 +394,8 @@ def test_a_transition_leaves_the_normal_distribution_as_it_is():
     step_size = torch.full((2000, 1), 1.6, dtype=torch.float64)
     moved, acceptance = transition(normal, normal(z), 1.0, step_size, 3)
     assert 0.5 < acceptance.mean() < 0.9
+    _, close = transition(normal, normal(z[:, :10]), 1.0, torch.full((10, 1), 1e-3, dtype=torch.float64), 3)
+    assert (1 - close).max() < 1e-4
     for power, expected in ((1, 0.0), (2, 1.0), (4, 3.0)):
         within(moved.z.flatten() ** power, expected)
 
@@ -514,7 +542,7 @@ def test_every_random_number_is_the_seeds(make_vae):
 @pytest.mark.parametrize("fails", [False, True])
 def test_seeded_restores_all_states(fails):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with contextlib.suppress(KeyError), seeded(2**40, "cpu"):
+    with contextlib.suppress(KeyError), seeded(2**33 - 1, "cpu"):
         random.random(), np.random.rand(), torch.rand(())
         if fails:
             raise KeyError
