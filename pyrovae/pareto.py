@@ -65,7 +65,7 @@ def _fit(x: Float[Tensor, "M N"], count: Int[Tensor, " N"]) -> Float[Tensor, " N
     b = 1 / x[-1] + (1 - (number / (index - 0.5)).sqrt()) / (PRIOR_B * quartile)
     # One candidate after the other, which holds M x N numbers at a time.
     k = torch.stack([(-each * x).log1p().sum(0) / count for each in b])
-    log_likelihood = count * ((-b / k).log() - k - 1)
+    log_likelihood = count * ((-b / k).log() - k)  # up to a constant
     b = (log_likelihood.softmax(0) * b).sum(0)
     k = (-b * x).log1p().sum(0) / count
     return (count * k + PRIOR_COUNT * PRIOR_K) / (count + PRIOR_COUNT)

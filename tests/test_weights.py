@@ -99,6 +99,7 @@ def test_weights_without_a_tail():
     line = torch.linspace(0, 999 / 95, 1000, dtype=F64).unsqueeze(1)  # the tail is one nat wide
     assert k_hat_of(0.9e-3 * line).item() == -math.inf
     assert k_hat_of(1.1e-3 * line).isfinite()
+    assert k_hat_of(torch.where(torch.arange(1000) < 95, 0.0, -1.0).double().unsqueeze(1)).isfinite()
     assert k_hat_of(rare).item() == math.inf
     rare[4] = 3.0
     assert k_hat_of(rare).isfinite()
@@ -170,8 +171,10 @@ def evidence(particles: int, effective: float, k: float = math.nan, variance: fl
         (evidence(4, 2.1), True),
         (evidence(16, 7.9), False),
         (evidence(16, 8.1), True),
+        (evidence(99, 50.0), True),
+        (evidence(100, 50.0, k=0.6), False),
         (evidence(1000, 9.9, k=0.1), False),
-        (evidence(1000, 10.1, k=0.1), True),
+        (evidence(1000, 10.0, k=0.1), True),
         (evidence(1000, 500.0, k=0.68), False),
         (evidence(1000, 500.0, k=0.66), True),
         (evidence(10**5, 500.0, k=0.71), False),
@@ -197,10 +200,11 @@ def test_the_interval_of_uneven_weights_is_that_of_markov_and_of_log_normals():
     assert upper.item() == pytest.approx(-0.1 + 2 + math.sqrt(4.302653**2 * 4 / 3 + (2 * skew) ** 2))
 
 
-def test_the_interval_of_many_weights_takes_them_for_no_normal():
-    lower, upper = evidence(1000, 500.0, variance=100.0, k=0.1).interval
-    error = math.sqrt((1000 / 500 - 1) / 999)
-    assert (lower.item(), upper.item()) == pytest.approx((-1.962341 * error, 1.962341 * error))
+@pytest.mark.parametrize(("particles", "quantile"), [(100, 1.984217), (1000, 1.962341)])
+def test_the_interval_of_many_weights_takes_none_for_log_normal(particles, quantile):
+    lower, upper = evidence(particles, particles / 2, variance=100.0, k=0.1).interval
+    reach = quantile / math.sqrt(particles - 1)
+    assert (lower.item(), upper.item()) == pytest.approx((-reach, reach))
 
 
 @pytest.mark.parametrize("particles", [2, 4, 16, 64])
