@@ -72,13 +72,13 @@ class Case:
 
 def go_on(case: Case, out: Path, generator: random.Random) -> Callable[[], object]:
     """The command that begins or continues a case."""
-    same = f"{case.words} {TINY if case.of_sweep else ''} --quiet -o" if case.of_sweep else None
-    if same is not None:
-        return command(same, out)
+    tiny = TINY.replace("--hidden 8", "") if "cnn" in case.words else TINY
+    if case.of_sweep:
+        return command(f"{case.words} {tiny} --quiet -o", out)
     begun, resumable = (out / "checkpoint.pt").exists(), (out / "config.json").exists()
     if begun or (resumable and generator.random() < 0.5):
         return command("train --resume", out, "--quiet")
-    return command(f"train {TINY} {case.words} --quiet -o", out)
+    return command(f"train {tiny} {case.words} --quiet -o", out)
 
 
 def undisturbed(name: str, words: str, place: Path) -> Case:
