@@ -3,6 +3,7 @@
 import abc
 import io
 import random
+import warnings
 
 import numpy as np
 import pyro
@@ -249,7 +250,9 @@ def test_13_the_hot_loop_never_waits_for_the_gpu(make_vae, monkeypatch, likeliho
     def strict(trainer, *batch):
         nonlocal taken
         taken += 1
-        torch.cuda.set_sync_debug_mode("error" if taken > 1 else "default")
+        with warnings.catch_warnings():  # PyTorch says once that this mode is a prototype
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error" if taken > 1 else "default")
         try:
             step(trainer, *batch)
         finally:
