@@ -285,7 +285,9 @@ def test_arguments_may_come_by_name(pair, x):
     assert len(step.graph.graphs) == 3
 
 
-@pytest.mark.parametrize("estimator", [RenyiELBO(alpha=0.5, num_particles=2), TraceGraph_ELBO()], ids=["renyi", "tracegraph"])
+@pytest.mark.parametrize(
+    "estimator", [RenyiELBO(alpha=0.5, num_particles=2), TraceGraph_ELBO()], ids=["renyi", "tracegraph"]
+)
 def test_elbos_of_pyro_without_a_differentiable_loss_run_uncompiled(pair, x, estimator):
     name = type(estimator).__name__
     with pytest.warns(CaptureWarning, match=f"runs uncompiled: {name} has no differentiable_loss to compile"):
