@@ -293,6 +293,7 @@ class _Trainer:
         self.optimizer = torch.optim.Adam(self.vae.parameters(), lr=self.lr, fused=True, capturable=on_gpu)
         self.sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
         self.surrogate: nn.Module = _Surrogate(self.vae, self.estimator)
+        self.terms = _Terms(self.vae, self.estimator)
         self.weights: dict[int, Tensor] = {}
         if self.compile and distributed.norms_to_synchronise(self.vae):
             if distributed.rank() == 0:
@@ -301,7 +302,7 @@ class _Trainer:
             self.compile = False
         if self.compile:
             leaves = dict(self.vae.named_parameters())
-            self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self._terms)
+            self.compiled = Step(*self.vae.pair, self.estimator, leaves, value=self.terms)
             self.update: Callable[..., None] = self._update
             if on_gpu and not self.estimator.adapts and distributed.world() == 1:
                 self.update = Replay(self._update, self._state, self._judged, self.compiled.graph)
@@ -380,12 +381,7 @@ class _Trainer:
         if self.estimator.adapts:
             self.estimator.adapt(draws.log_weight.detach(), draws.observations)
         with torch.no_grad():
-            self._done(self._terms(draws))
-
-    def _terms(self, draws: Draws) -> Float[Tensor, "rows terms"]:
-        """Bound, reconstruction and KL."""
-        bound, reconstruction = self.estimator.bound(draws), self.estimator.reconstruction(draws)
-        return torch.stack([bound, reconstruction, self.estimator.kl(draws) / self.vae.beta], 1)
+            self._done(self.terms(draws))
 
     def _done(self, terms: Float[Tensor, "rows terms"]) -> None:
         """After a step: counts its terms, and averages over processes what the estimator has learned."""
@@ -584,6 +580,20 @@ class _Trainer:
 
 
 _TERMS = ("bound", "reconstruction", "kl")
+
+
+class _Terms:
+    """Gives the bound, the reconstruction and the KL of each datum.
+
+    It refers to nothing that changes from step to step, so that a captured step may hold it.
+    """
+
+    def __init__(self, vae: VAE, estimator: Estimator):
+        self.vae, self.estimator = vae, estimator
+
+    def __call__(self, draws: Draws) -> Float[Tensor, "rows terms"]:
+        bound, reconstruction = self.estimator.bound(draws), self.estimator.reconstruction(draws)
+        return torch.stack([bound, reconstruction, self.estimator.kl(draws) / self.vae.beta], 1)
 
 
 class _Surrogate(nn.Module):
