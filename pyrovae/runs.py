@@ -191,7 +191,7 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
     path = directory / files[which]
     if which == "best" and not path.exists() and (directory / files["last"]).exists():
         raise RunError(
-            f"expected a run of at least one epoch in {run}, got none that is whole: resume it first"
+            f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
         )
     state = load_checkpoint(path, device)
     with explained(path):

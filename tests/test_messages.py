@@ -159,7 +159,8 @@ def test_a_device_that_is_not_there(made, device):
 
 def test_a_run_without_a_whole_epoch_is_no_damaged_run(run):
     (run / "best.pt").unlink()
-    expected = f"expected a run of at least one epoch in {run}, got none that is whole: resume it first"
+    best = run / "best.pt"
+    expected = f"expected the best of at least one epoch in {best}, got no such file: resume the run first"
     assert said(lambda: runs.load(run)) == expected
     assert runs.load(run, which="last")
     (run / "checkpoint.pt").unlink()

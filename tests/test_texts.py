@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from pyrovae import commands, figures, pictures, report, runs, sweep, texts
+from pyrovae.intervals import Slope
 from pyrovae.texts import in_figure, in_legend, in_markdown, printable, to_csv
 from tests.test_comparison import make_row
 from tests.test_figures import history, numbered
@@ -72,7 +73,10 @@ FIGURES = {  # how often each shows the name
     "manifold": (lambda name: figures.manifold(torch.rand(2, 2, 1, 4, 4), [0.2, 0.8], name), 1),
     "cloud": (lambda name: figures.cloud(torch.randn(5, 2), None, name, (name, name)), 3),
     "side by side": (side_by_side, 2),
-    "variance": (lambda name: figures.variance(rows(name), {name: {"encoder": 1.0}}, name), 6),
+    "variance": (
+        lambda name: figures.variance(rows(name), {name: {"encoder": Slope(1.0, (0.9, 1.1))}}, name),
+        6,
+    ),
     "variance over training": (lambda name: figures.variance_over_training({0: rows(name)}, name), 2),
 }
 
