@@ -548,7 +548,7 @@ def with_plates(first: str, second: str, size: int | None = 3, events: int = 0):
     """A pair whose z stands in a plate of each name."""
 
     def program(name: str, size: int | None, events: int, observe: bool):
-        with pyro.plate(name, size):
+        with pyro.plate(name, size, subsample=size and torch.arange(3)):
             z = pyro.sample("z", dist.Normal(torch.zeros(3, *[1] * events), 1.0).to_event(events))
             if observe:
                 pyro.sample("x", dist.Normal(z.reshape(-1, 3), 1.0), obs=torch.zeros(3))
@@ -570,12 +570,13 @@ def with_plates(first: str, second: str, size: int | None = 3, events: int = 0):
             r"expected site 'z' in the same plates .*\['a'\].*\['b'\]",
         ),
         (Elbo(), with_plates("a", "a", None), "expected a size for plate 'a'"),
+        (Elbo(), with_plates("a", "a", 6), "expected plate 'a' to have one size .* 3 of 6 .* and 3 of 3 .*"),
         (Elbo(), with_plates("a", "a", 3, 1), r"expected one event shape at site 'z'.*\(\) .*\(1,\)"),
         (DisArm(max_plate_nesting=2), plated("whole")[:2], "expected site 'x' in one plate.*'inner': -2"),
         (Enumerate(), siblings()[:2], r"expected one plate, over the data, for Enumerate, got \['first'"),
         (MeasureValued(), siblings(sizes=())[:2], "expected site 'first_z' in one plate.*got none"),
     ],
-    ids=["subsampled", "names", "no size", "events", "nested", "siblings", "none"],
+    ids=["subsampled", "names", "no size", "sizes", "events", "nested", "siblings", "none"],
 )
 @pytest.mark.parametrize("validated", [True, False])
 def test_what_is_refused_is_refused_in_one_line_whether_validated_or_not(estimator, pair, message, validated):

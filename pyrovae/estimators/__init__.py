@@ -1,4 +1,4 @@
-"""Gradient estimators as Pyro ELBOs: usable with any Pyro model and guide over one data plate."""
+"""Gradient estimators as Pyro ELBOs, usable with any Pyro model and guide."""
 
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.draws import Draws

@@ -41,13 +41,19 @@ class Estimator(ELBO, abc.ABC):
     To write one, give its two methods as formulas over `Draws`. The result is a Pyro ELBO: pass it
     to `pyro.infer.SVI`, or call `differentiable_loss` and step any torch optimizer.
 
-    A datum is one cell of the plates that every site in any plate is in: usually of the one plate over the
-    data, at dim -1. A latent or observed site outside of them (a global latent variable, a penalty by
-    `pyro.factor`) counts once, whatever the batch. The score function multiplies the score of such a latent
-    site by the signal of all data. Importance weights cannot be taken datum by datum then: the bound has the
-    joint weights of all data, which K particles estimate the worse the more data there are. So it is for
-    pairs without a plate over the data, or with several that no site is in together: all data are then one
-    datum, also for the score function.
+    The data stand in a plate, usually at dim -1, and dimensions to its right are declared as events. Where
+    plates are nested, a datum is one cell of those that all sites in plates share. Where there is no such
+    plate, all data together are one datum, for importance weights and for the score function too.
+
+    A latent or observed site outside the data plate (a global latent variable, say, or a penalty by
+    `pyro.factor`) is counted once, whatever the batch. Its score is multiplied by the signal of all data.
+    Importance weights of single data do not exist then, so an importance-weighted bound is made of the joint
+    weights of all data: it is valid, but looser the more data there are, and subsampling is refused.
+
+    The guide may be one of Pyro's autoguides, and may have sites of its own, marked by
+    `infer={"is_auxiliary": True}`. These estimators refuse guides that put their mass on a point (`AutoDelta`),
+    guides that run the model themselves (`AutoNormalMessenger`), sites that are to be enumerated, and model
+    sites that the guide does not sample.
 
     Args:
         num_particles: K, the Monte Carlo samples per datum, drawn in one vectorized pass. They are
@@ -55,8 +61,8 @@ class Estimator(ELBO, abc.ABC):
         use_rep: Whether the gradient goes through reparameterized samples (pathwise). If not, it is
             the score-function gradient, which needs no `rsample`. None for the estimator's default.
         antithetic: Whether particles come in pairs that mirror each other's noise.
-        max_plate_nesting: The dimensions that the pair's plates take, from the right. Several particles stand
-            to the left of them.
+        max_plate_nesting: How many dimensions the pair's plates take, counted from the right. The plate over
+            several particles stands to the left of them.
 
     Attributes:
         gradients: The values of `use_rep` that there is an estimator for, the default first.
@@ -66,7 +72,7 @@ class Estimator(ELBO, abc.ABC):
         needs_density: Whether it is a bound on log p(x), to which log q(z|x) belongs.
 
     Raises:
-        ValueError: There is no such estimator.
+        ValueError: There is no such estimator, or `max_plate_nesting` is below 1.
     """
 
     gradients: ClassVar[tuple[bool, ...]] = (True, False)

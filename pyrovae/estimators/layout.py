@@ -31,7 +31,7 @@ class Layout:
         subsampling: N / B.
 
     Raises:
-        ValueError: A plate has two sizes or dimensions, has no size, or stands left of the particles.
+        ValueError: A plate has two sizes or dimensions, no size, or a place to the left of the particles.
     """
 
     def __init__(self, sites: Iterable[Site], num_particles: int, *, joint: bool = False):
@@ -170,8 +170,11 @@ def _full_size(frame: CondIndepStackFrame) -> int:
 def _check_same(plate: CondIndepStackFrame, known: CondIndepStackFrame) -> None:
     if plate.size < 1:
         raise ValueError(f"expected a size for plate {plate.name!r}, got none: pass pyro.plate(name, size)")
-    if (plate.dim, plate.size) != (known.dim, known.size):
+    (size, dim, of), (known_size, known_dim, known_of) = (
+        (each.size, each.dim, _full_size(each)) for each in (plate, known)
+    )
+    if (size, dim, of) != (known_size, known_dim, known_of):
         raise ValueError(
             f"expected plate {plate.name!r} to have one size and one dimension in model and guide, got "
-            f"{known.size} at dim {known.dim} and {plate.size} at dim {plate.dim}"
+            f"{known_size} of {known_of} at dim {known_dim} and {size} of {of} at dim {dim}"
         )
