@@ -5,6 +5,7 @@ import gzip
 import pickle
 import re
 import struct
+import zlib
 from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
@@ -125,6 +126,63 @@ def test_limited_subsets_depend_on_the_seed_and_stay_in_their_split(numbered_fil
     for limited, full in zip(splits(first), splits(whole), strict=True):
         assert set(numbers(limited)) <= set(numbers(full))
     assert numbers(first.test) == numbers(whole.test)
+
+
+def test_the_seed_is_0_where_none_is_given(numbered_file):
+    default, first = (load_dataset(numbered_file, limit=(50, 20), **seed) for seed in ({}, {"seed": 0}))
+    assert numbers(default.train) == numbers(first.train)
+    assert numbers(default.validation) == numbers(first.validation)
+
+
+def test_what_is_held_out_is_the_same_for_every_run_for_ever(numbered_file):
+    """The first of one permutation for test, the next for validation: else runs could not be compared."""
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0)).tolist()
+    dataset = load_dataset(numbered_file)
+    assert numbers(dataset.test) == order[:200]
+    assert numbers(dataset.validation) == order[200:400]
+    assert numbers(dataset.train) == order[400:]
+
+
+def test_no_more_than_5000_are_held_out_of_each_kind(tmp_path):
+    np.save(tmp_path / "many.npy", np.zeros((50_010, 1, 1), dtype=bool))
+    dataset = load_dataset(str(tmp_path / "many.npy"))
+    assert [len(images) for images in splits(dataset)] == [40_010, 5000, 5000]
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [1, 1, 1]), (14, [12, 1, 1]), (16, [12, 2, 2])])
+def test_a_tenth_is_held_out_of_each_kind_and_one_at_least(tmp_path, count, sizes):
+    np.savez(tmp_path / "few.npz", **numbered(count))
+    assert [len(images) for images in splits(load_dataset(str(tmp_path / "few.npz")))] == sizes
+
+
+@pytest.mark.parametrize(("count", "held_out", "works"), [(10, 8, True), (10, 9, False)])
+def test_one_image_at_least_is_left_to_train_on(tmp_path, count, held_out, works):
+    np.savez(tmp_path / "few.npz", **numbered(count))
+    if works:
+        dataset = load_dataset(str(tmp_path / "few.npz"), held_out=held_out)
+        assert [len(images) for images in splits(dataset)] == [1, 8, 1]
+    else:
+        message = check_one_line(tmp_path / "few.npz", held_out=held_out)
+        assert message.endswith("got 10: with 1 for test and 9 for validation, none are left to train on")
+
+
+def test_classes_are_one_more_than_the_largest_label_of_any_split():
+    images = [Images(torch.zeros(2, 1, 1, 1), torch.tensor(y)) for y in ([0, 1], [4, 0], [2, 2])]
+    assert Dataset(*images, levels=2).classes == 5
+    assert Dataset(*images[::-1], levels=2).classes == 5
+    assert Dataset(*images[:2], images[2].without_labels(), levels=2).classes == 0
+    negative = Images(torch.zeros(2, 1, 1, 1), torch.tensor([0, -1]))
+    assert Dataset(*images[:2], negative, levels=2).classes == 0
+
+
+def test_checksums_are_those_of_the_bytes_of_training_then_validation():
+    pixels, labels = torch.rand(6, 1, 2, 3), torch.tensor([3, 1, 4, 1, 5, 9])
+    train, validation, test = (Images(pixels[s], labels[s]) for s in (slice(3), slice(3, 5), slice(5, 6)))
+    dataset = Dataset(train, validation, test, levels=2)
+    assert dataset.checksum == zlib.crc32(pixels[:5].numpy().tobytes())
+    assert dataset.label_checksum == zlib.crc32(labels[:5].numpy().tobytes())
+    assert Dataset(train.without_labels(), validation, test, levels=2).label_checksum is None
+    assert train.checksum(before=7) == zlib.crc32(pixels[:3].numpy().tobytes(), 7)
 
 
 def test_a_limit_above_the_number_of_images_takes_them_all(numbered_file):
