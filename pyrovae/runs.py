@@ -150,9 +150,8 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
 
     def begin() -> bool:
         trained = not is_new(directory, LEFT)
-        if (
-            trained
-        ):  # A damaged checkpoint must not cost the run its settings: it is read before they are written.
+        if trained:
+            # A damaged checkpoint must not cost the run its settings: it is read before they are written.
             state = load_checkpoint(directory / "checkpoint.pt", device)
             with explained(directory / "checkpoint.pt"):
                 vae.load_state_dict(state["model"])
