@@ -17,9 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.bias import BiasTest, check_bias
 from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
+from pyrovae.estimators.layout import plates_of
 from pyrovae.evaluation import seeded
 from pyrovae.intervals import Slope, slope
 from pyrovae.pairs import modules_of, parameters_of, untouched
+from pyrovae.per_draw import layout_of
 from pyrovae.testbed import LinearGaussian
 from pyrovae.texts import to_csv
 from pyrovae.variance import GradientStats, Parts, gradient_moments
@@ -243,9 +245,11 @@ def compare(
             raise ValueError(f"expected an estimator that applies, got none: {'; '.join(skipped.values())}")
         references = {key: bench.reference(estimator) for key, estimator in candidates.items()}
         for plain, _ in list(references.values()):  # what a ratio is taken to is measured, listed or not
-            candidates.setdefault(plain, _make(*plain, alpha))
+            candidates.setdefault(plain, _make(*plain, alpha, bench.nesting))
             references.setdefault(plain, bench.reference(candidates[plain]))
-        longs = {long: _make(*long, alpha) for _, long in references.values() if long is not None}
+        longs = {
+            long: _make(*long, alpha, bench.nesting) for _, long in references.values() if long is not None
+        }
         of_references = sum(bench.draws_for(estimator) for estimator in longs.values())
         total = draws * (len(candidates) + len(batches) * (len(batches) > 1)) + of_references
         counter = _Counter(total, progress)
@@ -343,10 +347,10 @@ def snr_slopes(rows: Iterable[Row]) -> dict[str, dict[str, Slope]]:
     return slopes
 
 
-def _make(label: str, k: int, alpha: float | None) -> Estimator:
+def _make(label: str, k: int, alpha: float | None, nesting: int = 1) -> Estimator:
     family, settings = parse(label)
     extra = {"alpha": alpha} if alpha is not None and family is Renyi else {}
-    return family(num_particles=k, **settings, **extra)
+    return family(num_particles=k, max_plate_nesting=nesting, **settings, **extra)
 
 
 Key = tuple[str, int]  # an estimator's name, and K
@@ -362,7 +366,7 @@ def _candidates(
         parse(label)  # a name that is wrong is no estimator that does not apply
         for k in dict.fromkeys(particles):
             try:
-                estimator = _make(label, k, alpha)
+                estimator = _make(label, k, alpha, bench.nesting)
             except ValueError as error:
                 skipped.setdefault(label, str(error))
                 continue
@@ -380,14 +384,15 @@ def _candidates(
 class _Count(Messenger):
     """Counts the particles at which a model's first observed site is evaluated."""
 
-    def __init__(self, batch: int):
+    def __init__(self):
         super().__init__()
-        self.batch, self.name, self.total = batch, None, 0
+        self.name, self.total = None, 0
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"]:
             self.name = self.name or msg["name"]
-            self.total += (msg["name"] == self.name) * msg["fn"].batch_shape.numel() // self.batch
+            cells = math.prod(plate.size for plate in plates_of(msg))
+            self.total += (msg["name"] == self.name) * msg["fn"].batch_shape.numel() // cells
 
 
 @dataclass
@@ -405,6 +410,7 @@ class _Bench:
 
     def __post_init__(self):
         self.parameters, _ = parameters_of(self.model, self.guide, self.x)
+        self.nesting = layout_of(self.model, self.guide, (self.x,), self.x.device).depth
         self.reparameterized = self._applies(Elbo())
         self.enumerable = not self.reparameterized and self._applies(Enumerate())
 
@@ -416,13 +422,13 @@ class _Bench:
         return True
 
     def check(self, estimator: Estimator) -> None:
-        """Whether the estimator takes the pair: on two data, so that it costs little.
+        """Checks that the estimator takes the pair.
 
         Raises:
             ValueError: It refuses.
         """
-        with seeded(self.seed, self.x.device), pyro.validation_enabled(False):
-            estimator.surrogate(estimator.draws(self.model, self.guide, self.x[:2]))
+        with seeded(self.seed, self.x.device), pyro.validation_enabled(False), torch.no_grad():
+            estimator.surrogate(estimator.draws(self.model, self.guide, self.x))
 
     def settings(self) -> dict[str, Any]:
         device = self.x.device
@@ -518,7 +524,7 @@ class _Bench:
         return {key: statistics.median(values) for key, values in times.items()}
 
     def evaluations(self, estimator: Estimator) -> int:
-        with seeded(self.seed, self.x.device), _Count(len(self.x)) as count:
+        with seeded(self.seed, self.x.device), _Count() as count:
             estimator.surrogate(estimator.draws(self.model, self.guide, self.x))
         return count.total
 
@@ -565,7 +571,7 @@ class _Bench:
     def between_batches(self, batches: Sequence[Tensor], progress: Callable[[int], None]) -> dict[str, Any]:
         """By the law of total variance: that of the mean over batches, and the mean of that within one."""
         label = "elbo" if self.reparameterized else "rloo"
-        estimator = ESTIMATORS[label]()
+        estimator = ESTIMATORS[label](max_plate_nesting=self.nesting)
         means, within = [], []
         for number, batch in enumerate(batches):
             stats = gradient_moments(

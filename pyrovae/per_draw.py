@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyro.poutine as poutine
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,7 +20,9 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyrovae.estimators import Elbo, Estimator
+from pyrovae.estimators import Estimator
+from pyrovae.estimators.layout import Layout
+from pyrovae.estimators.traces import sample_sites
 from pyrovae.evaluation import seeded
 from pyrovae.graphs import Capture
 from pyrovae.pairs import device_of, reads_attribute, used_tensors
@@ -38,6 +41,19 @@ class NotVectorized(Exception):
 
 class _Ambiguous(Exception):
     """Two dimensions of some noise have as many rows as the repeated batch."""
+
+
+def layout_of(model: Callable, guide: Callable, args: tuple, device: torch.device) -> Layout:
+    """The plates of a pair, which is run for that.
+
+    Raises:
+        ValueError: They are not as `Layout` needs them.
+    """
+    with seeded(0, device), torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+    sites = [site for trace in (guide_trace, model_trace) for site in sample_sites(trace).values()]
+    return Layout(sites, num_particles=1)
 
 
 @dataclass(frozen=True)
@@ -72,10 +88,10 @@ class Gradient:
 
 
 class PerDrawGradients:
-    """One gradient per draw of an estimator's bound, averaged over the batch.
+    """One gradient per draw of an estimator's bound, per datum: see `gradient_moments`.
 
     Args:
-        model, guide: A Pyro pair with one data plate.
+        model, guide: A Pyro pair.
         estimator: One of ours, or any `pyro.infer.ELBO` with `differentiable_loss`.
         args: The programs' arguments; those that have as many rows as the first are the batch.
         parameters: By name, what to differentiate by.
@@ -112,12 +128,12 @@ class PerDrawGradients:
         self.model, self.guide, self.estimator, self.args = model, guide, estimator, args
         self.parameters = parameters
         self.seed = seed
-        self.batch = len(args[0])
-        self.device = device_of(args)
+        self.batch = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
+        self.device = device_of((*args, *parameters.values()))
         self.block, self.whole = block, whole
         self.chunk, self.reason = block, "as asked"
         self.noise_dims: list[int] = []
-        self.subsampling = 1.0 if isinstance(estimator, Estimator) else self._subsampling(args)
+        self.layout = layout_of(model, guide, args, self.device)
         self._one(0)  # whatever the estimator refuses, it says now
         if vectorize is not False:
             try:
@@ -144,19 +160,20 @@ class PerDrawGradients:
             else:
                 yield numbers, self._many(numbers)
 
-    def loss(self, *args: Tensor) -> Tensor:
-        """Minus the bound, summed over the batch, with the gradient that the estimator gives it."""
-        if isinstance(self.estimator, Estimator):
-            return -self.estimator.surrogate(self.estimator.draws(self.model, self.guide, *args)).sum()
-        loss = self.estimator.differentiable_loss(self.model, self.guide, *args)
-        if self.subsampling == 1:
-            return loss
-        return loss / (self.subsampling if len(args[0]) == self.batch else self._subsampling(args))
+    def loss(self, args: tuple[Tensor, ...], subsampling: float) -> Tensor:
+        """Minus the bound per datum, with the gradient that the estimator gives it; the sum over repetitions.
 
-    def _subsampling(self, args: tuple[Tensor, ...]) -> float:
-        """What Pyro's estimators multiply the sum over the batch by."""
-        with seeded(0, self.device), torch.no_grad():
-            return Elbo(use_rep=False).draws(self.model, self.guide, *args).subsampling
+        Args:
+            args: The programs' arguments, the batch once or repeated.
+            subsampling: What Pyro's ELBOs multiply the sum over these data by.
+        """
+        if not isinstance(self.estimator, Estimator):
+            loss = self.estimator.differentiable_loss(self.model, self.guide, *args)
+            return loss / (subsampling * self.layout.batch_size)
+        draws = self.estimator.draws(self.model, self.guide, *args)
+        jointly = self.layout.plates and not draws.layout.plates  # all data are taken as a single datum
+        data = self.layout.full_size if jointly else self.layout.batch_size
+        return -self.estimator.surrogate(draws).sum() / data
 
     def _one(self, draw: int) -> dict[str, Tensor]:
         with seeded(_mixed(self.seed, draw), self.device):
@@ -166,23 +183,25 @@ class PerDrawGradients:
     def _gradients(self, *args: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.parameters.values())
         with torch.enable_grad():
-            loss = self.loss(*args)
+            loss = self.loss(args, self.layout.subsampling)
             if not loss.requires_grad:
                 return tuple(torch.zeros_like(leaf) for leaf in leaves)
-            return torch.autograd.grad(-loss / self.batch, leaves, allow_unused=True, materialize_grads=True)
+            return torch.autograd.grad(-loss, leaves, allow_unused=True, materialize_grads=True)
 
     def _many(self, draws: range) -> Callable[[str], Gradient]:
         """All these draws in one pass."""
-        args = [self._repeated(a, len(draws)) for a in self.args]
+        args = tuple(self._repeated(a, len(draws)) for a in self.args)
+        whole = self.layout.subsampling == 1 or isinstance(self.estimator, Estimator)
+        subsampling = 1.0 if whole else layout_of(self.model, self.guide, args, self.device).subsampling
         seeds = [_mixed(self.seed, draw) for draw in draws]
         with seeded(0, self.device):
             before = _random_state(self.device)
             with _Apart(self, seeds, list(zip(args, self.args, strict=True))) as mode:
-                loss = self.loss(*args)
+                loss = self.loss(args, subsampling)
             if not torch.equal(before, _random_state(self.device)):
                 raise NotVectorized("some of its noise is drawn by a function that is not followed")
             uses = mode.uses
-            deltas = torch.autograd.grad(-loss / self.batch, [use.out for use in uses], allow_unused=True)
+            deltas = torch.autograd.grad(-loss, [use.out for use in uses], allow_unused=True)
         self.held = sum(use.out.numel() for use in uses) / len(draws)
 
         def gradient(name: str) -> Gradient:
@@ -203,6 +222,8 @@ class PerDrawGradients:
 
     def _check(self) -> None:
         """Some draws in one pass against as many plain ones; then how many fit into memory."""
+        if not self.batch:
+            raise NotVectorized("there is no batch to repeat: the first argument is not a tensor with rows")
         for draws in (2, 3, 5, 7):
             self.noise_dims = []
             with contextlib.suppress(_Ambiguous):

@@ -1,7 +1,7 @@
 """How noisy a gradient estimator is: moments of its gradient, with intervals, and signal-to-noise ratios.
 
-Every number here is conditional on the parameters and the batch at hand: the only randomness is the
-estimator's own. Gradients are of the bound, averaged over the batch, in nats per datum.
+Every number here is conditional on the parameters and the arguments at hand: the only randomness is that of
+the programs and the estimator. Gradients are of the bound per datum, in nats: see `gradient_moments`.
 """
 
 import math
@@ -201,18 +201,24 @@ def gradient_moments(
 ) -> GradientStats:
     """The mean and the variance of a gradient estimator, at these parameters and for this batch.
 
+    The gradient is that of the bound per datum: the bound on the log-density of all data, as Pyro's ELBOs
+    scale it, over their number. The data are the cells of the plates that each site in any plate is in. A
+    subsampled plate counts at its full size in both, so that subsampling leaves the mean as it is. A site
+    outside the plates counts once among all data, not once a datum. Without a plate there is a single datum.
+    Where a plate draws a subsample in each call, its choice is a part of the noise.
+
     A draw's noise depends on the seed and the draw's number alone: not on how many draws are taken in
     one pass, and estimators that ask for the same noise share it. Modules are put into evaluation
     mode meanwhile, so that batch norm uses its running statistics and data do not touch each other;
     random states and Pyro's parameter store are left as they were.
 
     Args:
-        model, guide: A Pyro pair with one data plate, of PyroModules' methods (as `vae.pair`) or of
-            functions with `pyro.param`.
+        model, guide: A Pyro pair, of PyroModules' methods (as `vae.pair`), of functions with `pyro.param`, or
+            with one of Pyro's autoguides.
         estimator: One of ours, whose baseline is held as it is, or any `pyro.infer.ELBO` with
             `differentiable_loss`.
-        x: What the pair is called with: the batch, rows first; or several arguments, the first of
-            which is the batch.
+        x: The batch that the pair is called with, rows first; or a tuple of arguments, the first of which is
+            the batch, and which is empty for programs without any.
         draws: At least 4.
         seed: Of the noise.
         parts: Groups of parameters, as `vae.parts()`; None for what the guide uses, as "encoder",

@@ -15,10 +15,11 @@ import torch
 from pyrovae import bias, comparison
 from pyrovae.comparison import USUAL, Comparison, Row, compare, every_estimator, parse, snr_slopes
 from pyrovae.config import Config
-from pyrovae.estimators import ESTIMATORS, Dreg, Elbo, Iwae, Rloo, RunningMean, StickingTheLanding
+from pyrovae.estimators import ESTIMATORS, Dreg, Elbo, Iwae, Renyi, Rloo, RunningMean, StickingTheLanding
 from pyrovae.testbed import LinearGaussian
 from pyrovae.variance import gradient_moments
 from tests.rounding import rounding
+from tests.test_per_datum import KINDS
 
 F64 = torch.float64
 PHI = ("mu", "rho")
@@ -260,6 +261,30 @@ def test_evaluations_are_counted(discrete, make_vae):
         ("elbo", 1): 1,
         ("elbo", 2): 2,
     }
+
+
+@pytest.mark.parametrize("kind", ["outside", "no plate", "given rows", "within"])
+def test_estimators_are_compared_whatever_the_plates(kind):
+    pair = KINDS[kind].pair()
+    found = compare(pair.model, pair.guide, pair.x, ("elbo", "iwae", "stl"), particles=(2,), draws=16)
+    assert [row.estimator for row in found.rows] == ["elbo", "iwae", "stl"]
+    assert {row.evaluations for row in found.rows} == {2}
+    elbo = Elbo(num_particles=2, max_plate_nesting=2)
+    stats = gradient_moments(pair.model, pair.guide, elbo, pair.x, draws=16)
+    assert found.rows[0].tr_cov == pytest.approx(stats.tr_cov())
+
+
+def test_alpha_is_that_of_renyi_and_of_its_truth():
+    case = LinearGaussian()
+    pair, x = case.pair(), torch.ones(1, 1, dtype=F64)
+    settings = {"particles": (2,), "draws": 64, "exact": case, "parts": pair.parts()}
+    found = compare(pair.model, pair.guide, x, ("renyi", "iwae"), alpha=0.9, **settings)
+    renyi, iwae = found.rows
+    for row, estimator in ((renyi, Renyi(num_particles=2, alpha=0.9)), (iwae, Iwae(num_particles=2))):
+        stats = gradient_moments(pair.model, pair.guide, estimator, x, draws=64, parts=pair.parts())
+        assert row.tr_cov == pytest.approx(stats.tr_cov())
+        assert row.truth["tr_cov"] == pytest.approx(sum(case.truth(estimator).variance.values()))
+        assert row.verdict == "unbiased"
 
 
 def test_progress_counts_to_its_total(make_vae):
