@@ -40,6 +40,7 @@ from pyrovae.evidence import (
 from pyrovae.pareto import FEWEST_WEIGHTS, threshold
 from pyrovae.run_directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs import load
+from pyrovae.schemas import Examined, OfRun, check, converted, refused
 from pyrovae.vae import VAE
 from pyrovae.versions import recorded
 from pyrovae.weights import Evidence
@@ -198,32 +199,16 @@ class Assessment:
 
     @classmethod
     def from_json(cls, contents: dict[str, Any]) -> "Assessment":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
 
-        def weighing(values: dict[str, Any]) -> Weighing:
-            return Weighing(**values | {"log_evidence": Average(**values["log_evidence"])})
-
-        latents, tight, bounds = (contents[name] for name in ("latents", "annealing", "bounds"))
-        probes = latents["probes"]
-        averages = {name: Average(**contents[name]) for name in ("elbo", "reconstruction", "kl")}
-        estimates = {name: weighing(contents[name]) for name in ("importance_weighted", "naive")}
-        return cls(
-            **contents
-            | averages
-            | estimates
-            | {
-                "annealing": tight
-                and Annealing(
-                    weighing(tight["annealed"]),
-                    *(Average(**tight[name]) for name in ("importance_weighted", "naive", "elbo")),
-                ),
-                "bounds": bounds
-                and Bounds(weighing(bounds["lower"]), *(Average(**bounds[name]) for name in ("upper", "gap"))),
-                "latents": Latents(
-                    **latents | {"probes": probes if isinstance(probes, str) else Probes(**probes)}
-                ),
-            }
-        )
+        Raises:
+            ValueError: It is not what `to_json` gives.
+        """
+        found = converted(contents, cls)
+        check(found.settings, Examined)
+        if "run" in found.settings:
+            check(found.settings, OfRun)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,12 +449,10 @@ def read(run: Path) -> Assessment | None:
         RunError: It is damaged, or of another version.
     """
     path = run / "evaluation.json"
-    try:
-        return Assessment.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"expected what evaluate writes in {path}, got: {error}; evaluate again") from None
+    with refused(RunError, f"what evaluate writes in {path}", "; evaluate again"):
+        return Assessment.from_json(json.loads(path.read_bytes()))
 
 
 def table(found: Assessment) -> str:

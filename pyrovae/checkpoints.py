@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from pyrovae.schemas import Row, check, refused
 from pyrovae.whole_files import replacing
 
 FORMAT = "pyrovae checkpoint 1"
-Row = dict[str, float | int | None]  # one epoch's metrics
 
 
 class CheckpointError(ValueError):
@@ -25,11 +25,38 @@ class CheckpointError(ValueError):
 
 
 def read_metrics(directory: Path) -> list[Row]:
-    """The rows of `metrics.jsonl`, up to the first that is incomplete; none if there is no file."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in (directory / "metrics.jsonl").read_text().splitlines():
-            rows.append(json.loads(line))
+    """The rows of `metrics.jsonl`, up to the first that is incomplete; none if there is no file.
+
+    Raises:
+        CheckpointError: A line is no text, or it is JSON but no row of metrics.
+    """
+    path, rows = directory / "metrics.jsonl", []
+    if not path.exists():
+        return rows
+    with refused(CheckpointError, f"metrics of epochs in {path}"):
+        lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        with refused(CheckpointError, f"metrics of an epoch in line {number} of {path}"):
+            try:
+                row = json.loads(line.decode())
+            except json.JSONDecodeError:
+                break
+            check(row, Row)
+        rows.append({"bound": row["elbo"], "validation_bound": row["validation_elbo"]} | row)
+    return rows
+
+
+def read_history(directory: Path, epochs: int) -> list[Row]:
+    """The metrics of these many epochs.
+
+    Raises:
+        CheckpointError: There are fewer, or other lines.
+    """
+    rows = read_metrics(directory)[:epochs]
+    if len(rows) < epochs:
+        raise CheckpointError(
+            f"expected the metrics of {epochs} epochs in {directory / 'metrics.jsonl'}, got {len(rows)}"
+        )
     return rows
 
 

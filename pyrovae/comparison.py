@@ -22,6 +22,7 @@ from pyrovae.evaluation import seeded
 from pyrovae.intervals import Slope, slope
 from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.per_draw import layout_of
+from pyrovae.schemas import Compared, Measured, check, converted
 from pyrovae.testbed import LinearGaussian
 from pyrovae.texts import to_csv
 from pyrovae.variance import GradientStats, Parts, gradient_moments
@@ -123,13 +124,19 @@ class Comparison:
 
     @classmethod
     def from_json(cls, contents: dict[str, Any]) -> "Comparison":
-        """The inverse of `to_json`, but that what is not finite comes back as nan."""
+        """The inverse of `to_json`, but that what is not finite comes back as nan.
+
+        Raises:
+            ValueError: It is not what `to_json` gives.
+        """
+        check(contents, Compared)
         rows = []
         for row in contents["rows"]:
-            bias, memory = row["bias"], row["peak_memory"]
-            kept = {"bias": bias and BiasTest(**_restored(bias)), "peak_memory": memory}
-            rows.append(Row(**_restored(row) | kept))
-        return cls(**contents | {"rows": rows, "slopes": snr_slopes(rows)})
+            kept = {name: row[name] for name in ("bias", "peak_memory") if row[name] is None}
+            rows.append(_restored(row) | kept)
+        found = converted(contents | {"rows": rows, "slopes": {}}, cls)
+        check(found.settings, Measured)
+        return dataclasses.replace(found, slopes=snr_slopes(found.rows))
 
     def to_csv(self) -> str:
         """One line per row, with what is a number or a name; the settings in every line."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from pyrovae.data import DATASETS, Dataset, load_dataset
 from pyrovae.estimators import ESTIMATORS, Estimator
 from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
-from pyrovae.inputs import check_above
+from pyrovae.inputs import check_above, check_count
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
 from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
+from pyrovae.schemas import check, reason
 from pyrovae.vae import VAE
 
 
@@ -67,6 +69,16 @@ def spelled(field: Field, value: Any) -> str:
     if isinstance(value, tuple):
         return ("/" if field.metadata["parse"] is _limit else ",").join(str(n) for n in value if n is not None)
     return str(value)
+
+
+def _check_type(field: Field, value: Any) -> None:
+    try:
+        check(value, field.type)
+    except ValueError as error:
+        said = reason(error)
+        if said.startswith("expected "):
+            raise ValueError(f"expected {field.name} as {said.removeprefix('expected ')}") from None
+        raise ValueError(f"expected another {field.name}, got {reprlib.repr(value)}: {said}") from None
 
 
 LONG = 10_000  # steps of training that repay the compilation of one
@@ -252,13 +264,15 @@ class Config:
         of_guides = "rank", "components", "flow_depth", "flow_width", "refine_steps"
         for name in counts + of_guides:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} >= 1, got {value}")
+            if value is not None:
+                check_count(name, value)
         if self.limit is not None and min(n for n in self.limit if n is not None) < 1:
             counts = "/".join(str(n) for n in self.limit if n is not None)
             raise ValueError(f"expected limit of at least 1 image, got {counts}")
-        if self.kl_warmup < 0:
-            raise ValueError(f"expected kl_warmup >= 0, got {self.kl_warmup}")
+        for name in ("hidden", "channels", "figure_epochs"):
+            for number in getattr(self, name) or ():
+                check_count(name, number)
+        check_count("kl_warmup", self.kl_warmup, least=0)
         for name, least in (("beta", 0), ("lr", 0), ("refine_lr", 0), ("df", 2)):
             if getattr(self, name) is not None:
                 check_above(name, getattr(self, name), least)
@@ -425,10 +439,12 @@ class Config:
         Raises:
             ValueError: A key or value that Config does not have.
         """
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
-            raise ValueError(f"expected the settings of a run, got: {error}") from None
+        known = {field.name: field for field in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"expected settings of a run, got {name!r}")
+            _check_type(known[name], value)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def _guide_settings(self) -> dict[str, Any]:
         """The keyword arguments of the guide: this run's, else the family's defaults."""

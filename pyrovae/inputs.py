@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+MOST = 2**31 - 1  # the largest number of anything that is counted, which sizes of tensors and clocks can take
 ROUNDING = 1e-3  # values that leave [0, 1] by no more than this are taken for rounding
 
 
@@ -163,6 +164,18 @@ def check_codes(z: Tensor, latent_dim: int) -> None:
         raise ValueError(f"expected z of shape {_sizes(('...', latent_dim))}, got {_sizes(z.shape)}")
     if not z.isfinite().all():
         raise ValueError("expected finite codes z, got others")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Checks that a number of something is within what tensors can take.
+
+    Raises:
+        ValueError: It is less than `least`, or more than MOST.
+    """
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}")
+    if value > MOST:
+        raise ValueError(f"expected {name} <= {MOST}, got {value}")
 
 
 def check_above(name: str, value: int | float, least: int | float = 0, why: str = "") -> None:

@@ -25,6 +25,7 @@ from pyrovae.evaluation import seeded
 from pyrovae.intervals import Slope
 from pyrovae.run_directories import RunError, new_directory, read_config
 from pyrovae.runs import load
+from pyrovae.schemas import OfModel, check, refused
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
 from pyrovae.vae import VAE
@@ -203,13 +204,19 @@ def read(directory: Path) -> Comparison | dict[int, Comparison]:
         RunError: They are damaged, or of another version.
     """
     path = directory / "variance.json"
-    try:
-        contents = json.loads(path.read_text())
-        if "rows" in contents:
-            return Comparison.from_json(contents)
-        return {int(epoch): Comparison.from_json(one) for epoch, one in contents.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"expected what variance writes in {path}, got: {error}; measure again") from None
+    with refused(RunError, f"what variance writes in {path}", "; measure again"):
+        contents = json.loads(path.read_bytes())
+        check(contents, dict[str, Any])
+        if "rows" in contents or not contents:
+            return _titled(contents)
+        return {int(epoch): _titled(one) for epoch, one in contents.items()}
+
+
+def _titled(contents: dict[str, Any]) -> Comparison:
+    found = Comparison.from_json(contents)
+    if not found.settings.get("testbed"):
+        check(found.settings, OfModel)
+    return found
 
 
 def title(comparison: Comparison, over_training: bool = False) -> str:

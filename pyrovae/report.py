@@ -6,7 +6,6 @@ Its pictures show the run's best parameters, and validation images, never test. 
 
 import base64
 import io
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -20,10 +19,12 @@ from matplotlib.figure import Figure
 
 from pyrovae import assessment, figures, laboratory, pictures, runs
 from pyrovae.assessment import Assessment, Average
-from pyrovae.checkpoints import Row, load_checkpoint
+from pyrovae.checkpoints import load_checkpoint
 from pyrovae.comparison import Comparison
 from pyrovae.config import Config, flag, spelled
 from pyrovae.data import DATASETS
+from pyrovae.run_directories import read_settings
+from pyrovae.schemas import Row
 from pyrovae.texts import printable
 from pyrovae.vae import VAE
 from pyrovae.whole_files import write_atomically
@@ -178,7 +179,7 @@ def _read(run: Path, data_dir: str | Path | None, device: str) -> Subject:
     best = next((row for row in history if row["epoch"] == epoch), None)
     if best is None:
         raise runs.RunError(f"expected the metrics of epoch {epoch} in {run / 'metrics.jsonl'}, got none")
-    versions = json.loads((run / "config.json").read_text()).get("versions", {})
+    versions = read_settings(run).get("versions", {})
     evaluation, (variance, along) = assessment.read(run), _measurements(run)
     return Subject(
         run, config, data, versions, history, best, vae, evaluation, variance, along, data_dir, device

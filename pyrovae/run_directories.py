@@ -5,10 +5,10 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pyrovae.config import Config
 from pyrovae.data import Dataset
+from pyrovae.schemas import RAISED_BY_DAMAGE, Labelled, Settings, check, refused
 from pyrovae.versions import recorded
 from pyrovae.whole_files import WriteError, is_new
 
@@ -20,22 +20,38 @@ class RunError(ValueError):
     """A run directory is not what it should be."""
 
 
-def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
-    """A run's settings, and a description of its data.
+def read_settings(run: Path) -> Settings:
+    """All that a run's config.json says; the keys of `config` are not yet checked.
 
     Raises:
         RunError: The directory is no run, or its config.json is damaged.
     """
     path = run / "config.json"
     try:
-        contents = json.loads(path.read_text())
-        return Config.from_json(contents["config"]), contents["data"]
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"expected a run directory with config.json at {run}, got none") from None
     except OSError as error:
         raise RunError(f"expected a run directory whose config.json can be read, got: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"expected the settings of a run in {path}, got: {error}") from None
+    with _settings_in(path):
+        contents = json.loads(text)
+        check(contents, Settings)
+        return contents
+
+
+def read_config(run: Path) -> tuple[Config, Labelled]:
+    """A run's settings, and a description of its data.
+
+    Raises:
+        RunError: The directory is no run, or its config.json is damaged.
+    """
+    contents = read_settings(run)
+    with _settings_in(run / "config.json"):
+        return Config.from_json(contents["config"]), contents["data"]
+
+
+def _settings_in(path: Path) -> contextlib.AbstractContextManager[None]:
+    return refused(RunError, f"the settings of a run in {path}")
 
 
 def record(config: Config, dataset: Dataset) -> str:
@@ -44,7 +60,7 @@ def record(config: Config, dataset: Dataset) -> str:
     return json.dumps(contents, indent=2) + "\n"
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe(dataset: Dataset) -> Labelled:
     """What a run records of its data, by which they are recognised."""
     return {
         "shape": list(dataset.shape),
@@ -58,7 +74,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def same_data(described: dict[str, Any], dataset: Dataset, config: Config) -> bool:
+def same_data(described: Labelled, dataset: Dataset, config: Config) -> bool:
     """Whether these are the data that a run describes; labels count where the model sees them."""
     now = describe(dataset)
     if not config.conditional:
@@ -107,8 +123,9 @@ def check_new(directory: Path, left: Sequence[str]) -> None:
 def _ours(path: Path) -> bool:
     """Whether a config.json is one of a run, or none."""
     try:
-        return json.loads(path.read_text()).keys() >= {"config", "data"}
+        contents = json.loads(path.read_bytes())
+        return isinstance(contents, dict) and contents.keys() >= {"config", "data"}
     except FileNotFoundError:
         return True
-    except (ValueError, AttributeError):
+    except RAISED_BY_DAMAGE:
         return False

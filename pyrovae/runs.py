@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pyrovae import distributed, figures
-from pyrovae.checkpoints import explained, load_checkpoint, read_metrics
+from pyrovae.checkpoints import explained, load_checkpoint, read_history, read_metrics
 from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.run_directories import (
@@ -151,11 +151,12 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
     def begin() -> bool:
         trained = not is_new(directory, LEFT)
         if trained:
-            # A damaged checkpoint must not cost the run its settings: it is read before they are written.
+            # Damaged files must not cost the run its settings: they are read before those are written.
             state = load_checkpoint(directory / "checkpoint.pt", device)
             with explained(directory / "checkpoint.pt"):
                 vae.load_state_dict(state["model"])
                 done = state["progress"]["epoch"]
+            read_history(directory, done)
             if config.epochs < done:
                 raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
         if config != saved:

@@ -10,6 +10,7 @@ curves.png      validation ELBO of all runs over epochs
 
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -22,11 +23,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pyrovae import distributed, locks
+from pyrovae import distributed, locks, schemas
 from pyrovae.checkpoints import CheckpointError, read_metrics
 from pyrovae.config import Config
 from pyrovae.processes import Processes
 from pyrovae.runs import is_complete
+from pyrovae.schemas import check, refused
 from pyrovae.signals import DeferredSignals, Interrupted
 from pyrovae.texts import in_markdown
 from pyrovae.whole_files import WriteError, clear_temporary, is_new, write_atomically, write_errors
@@ -36,6 +38,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MOST_CELLS = 10_000
 ORPHANED = 60.0  # seconds for a cell whose sweep was killed to save its state and end
 Settings = dict[str, Any]
 METRICS = {
@@ -80,7 +83,14 @@ class Recipe:
 
 
 def grid(over: Mapping[str, Sequence[Any]], variants: Sequence[Settings] = ({},)) -> tuple[Settings, ...]:
-    """Every combination of values, for each variant."""
+    """Every combination of values, for each variant.
+
+    Raises:
+        SweepError: They are more than MOST_CELLS.
+    """
+    number = len(variants) * math.prod(map(len, over.values()))
+    if number > MOST_CELLS:
+        raise SweepError(f"expected at most {MOST_CELLS:,} runs, got {number:,}")
     products = itertools.product(*over.values())
     combinations = [dict(zip(over, values, strict=True)) for values in products]
     return tuple(variant | combination for variant in variants for combination in combinations)
@@ -103,12 +113,13 @@ def read_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.lower().endswith(".toml") else files("pyrovae") / "recipes" / f"{name}.toml"
     try:
-        contents = tomllib.loads(path.read_text())
+        text = path.read_bytes()
     except OSError:
         raise SweepError(f"expected recipe in {', '.join(recipes())} or a .toml file, got {name!r}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SweepError(f"expected recipe in TOML at {name}, got: {error}") from None
-    unknown = contents.keys() - {"description", "train", "over", "variants"}
+    with refused(SweepError, f"recipe in TOML at {name}"):
+        contents = tomllib.loads(text.decode())
+        check(contents, schemas.Recipe)
+    unknown = contents.keys() - schemas.Recipe.__annotations__.keys()
     if unknown:
         raise SweepError(
             f"expected recipe with description, train, over and variants, got {sorted(unknown)[0]}"
@@ -160,7 +171,11 @@ class Sweep:
             if not path.exists():
                 (self.directory / "cells").mkdir(exist_ok=True)
                 write_atomically(path, json.dumps(contents, indent=2) + "\n")
-            elif json.loads(path.read_text()) != json.loads(json.dumps(contents)):
+                return
+            with refused(SweepError, f"the cells of a sweep in {path}"):
+                found = json.loads(path.read_bytes())
+                check(found, schemas.Sweep)
+            if found != json.loads(json.dumps(contents)):
                 raise SweepError(
                     f"expected out to be new or of the same sweep, got {self.directory} of another"
                 )

@@ -31,12 +31,11 @@ from pyrovae import distributed, locks
 from pyrovae.checkpoints import (
     FORMAT,
     CheckpointError,
-    Row,
     explained,
     load_checkpoint,
     preserved_random_states,
     random_states,
-    read_metrics,
+    read_history,
     save_atomically,
     set_random_states,
 )
@@ -44,6 +43,7 @@ from pyrovae.data import Images
 from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation import Evaluation, evaluate, without_constant
 from pyrovae.graphs import CaptureWarning, Replay, Step, flushed_denormals
+from pyrovae.schemas import Row
 from pyrovae.signals import DeferredSignals
 from pyrovae.vae import VAE
 from pyrovae.whole_files import append_line, write_atomically, write_errors
@@ -551,12 +551,7 @@ class _Trainer:
             self.progress = Progress(**state["progress"])
             self.estimator.load_state_dict(state["estimator"])
             self._restore_own([state, *state.get("others", [])])
-        self.history = distributed.from_first(lambda: read_metrics(self.directory))[: self.progress.epoch]
-        if len(self.history) < self.progress.epoch:
-            raise CheckpointError(
-                f"expected the metrics of {self.progress.epoch} epochs in {self.directory / 'metrics.jsonl'}, "
-                f"got {len(self.history)}"
-            )
+        self.history = distributed.from_first(lambda: read_history(self.directory, self.progress.epoch))
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         distributed.from_first(lambda: write_atomically(self.directory / "metrics.jsonl", text))
 

@@ -29,7 +29,7 @@ FLOORS = [
         "texts",
         "versions",
     },
-    {"whole_files"},
+    {"whole_files", "schemas"},
     {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
     {"guides", "testbed"},
     {"vae"},
