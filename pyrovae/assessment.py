@@ -264,18 +264,21 @@ class Examination:
         which: str = "best",
         device: torch.device | str = "cpu",
         data_dir: str | None = None,
+        trust: bool = False,
     ) -> Assessment:
         """Of a run's best parameters or its last, on the test set of its data.
 
         Args:
             data_dir: Where its data now lie; as the run has it if None.
+            trust: Whether to import foreign code that the run names.
 
         Raises:
-            RunError: The directory is no run, or its data have changed.
+            RunError: The directory is no run, its data have changed, or it names foreign code and `trust` is
+                False.
             CheckpointError: The checkpoint is missing, damaged or of another run.
         """
         config, described = read_config(Path(run))
-        vae = load(run, which=which, device=device)
+        vae = load(run, which=which, device=device, trust=trust)
         if data_dir is not None:
             config = dataclasses.replace(config, data_dir=data_dir)
         dataset = config.make_dataset()

@@ -35,13 +35,14 @@ from pyrovae.laboratory import TESTBEDS, Measurement, results_directory, table, 
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.locks import LockWarning
 from pyrovae.networks import NETWORKS
+from pyrovae.parts import TrustWarning, is_foreign
 from pyrovae.signals import Interrupted, StoppingSignals
 from pyrovae.texts import printable, to_csv
 from pyrovae.training import DivergedError, Fit, describe
 from pyrovae.whole_files import save_figure, write_atomically
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
-_OURS = CaptureWarning, DataWarning, LockWarning
+_OURS = CaptureWarning, DataWarning, LockWarning, TrustWarning
 
 
 class _Parsed(click.ParamType):
@@ -157,22 +158,29 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _train(
-    out: str | None, resume: str | None, recipe: str | None, autoencoder: bool, quiet: bool, **settings: Any
+    out: str | None,
+    resume: str | None,
+    recipe: str | None,
+    autoencoder: bool,
+    quiet: bool,
+    trust: bool,
+    **settings: Any,
 ) -> None:
     ctx = click.get_current_context()
+    trust = trust or is_foreign(_given(ctx, settings).get("guide", ""))  # who types it consents to it
     start_workers()
-    with _one_line_errors(), StoppingSignals(), distributed.joined(), _way_on(ctx):
+    with _one_line_errors(), StoppingSignals(), distributed.joined(), _way_on(ctx, trust):
         given = _with_shorthand(_given(ctx, settings), autoencoder)
         if recipe is not None and resume is not None:
             raise runs.RunError("expected recipe without --resume, which continues with the run's own settings")
         if recipe is not None:
-            run, result = runs.train(_of_recipe(recipe, given), out=out, quiet=quiet)
+            run, result = runs.train(_of_recipe(recipe, given), out=out, quiet=quiet, trust=trust)
         elif resume is None:
             run, result = runs.train(Config(**settings | given), out=out, quiet=quiet)
         elif out is not None:
             raise runs.RunError("expected out without --resume, which continues in the run's own directory")
         else:
-            run, result = runs.resume(resume, changes=given, quiet=quiet)
+            run, result = runs.resume(resume, changes=given, quiet=quiet, trust=trust)
         stopped = result.stopped_by if not result.progress.finished else None
         if distributed.rank() == 0:
             if stopped is None:
@@ -180,7 +188,7 @@ def _train(
             else:
                 _say(
                     f"Stopped in epoch {result.progress.epoch + 1}; nothing is lost. To go on:\n"
-                    f"  {_program(ctx)} train --resume {shlex.quote(str(run))}",
+                    f"  {_resuming(ctx, run, trust)}",
                     err=True,
                 )
         distributed.wait()  # a launcher ends all when one ends with an exit code
@@ -189,15 +197,20 @@ def _train(
 
 
 @contextlib.contextmanager
-def _way_on(ctx: click.Context) -> Iterator[None]:
+def _way_on(ctx: click.Context, trust: bool) -> Iterator[None]:
     """A run that the system has stopped is one line, which ends with the command that goes on."""
     try:
         yield
     except runs.StoppedError as error:
         if not (error.run / "config.json").exists():  # the directory was deleted: there is no way on
             raise
-        again = f"{_program(ctx)} train --resume {shlex.quote(str(error.run))}"
+        again = _resuming(ctx, error.run, trust)
         _fail(f"{error}; nothing before is lost. When that is mended, go on: {again}", EXIT_FAILED)
+
+
+def _resuming(ctx: click.Context, run: Path, trust: bool) -> str:
+    """What to type to go on with a run."""
+    return f"{_program(ctx)} train --resume {shlex.quote(str(run))}{' --trust' if trust else ''}"
 
 
 def _with_shorthand(given: dict[str, Any], autoencoder: bool) -> dict[str, Any]:
@@ -256,6 +269,11 @@ def _summary(run: Path, result: Fit) -> str:
     return "\n".join([*lines, f"Figures and checkpoints: {run}"])
 
 
+_TRUST = click.Option(
+    ["--trust"],
+    is_flag=True,
+    help="Import a guide of one's own that only a file names, a run or a recipe. To import code is to run it.",
+)
 _AUTOENCODER = {"guide": "point", "estimator": "reconstruction"}
 _SHORTHAND = click.Option(
     ["--autoencoder"],
@@ -286,6 +304,7 @@ train_command = click.Command(
             help=f"Take settings from a TOML file, or from one of {', '.join(sweeps.recipes())}.",
         ),
         _SHORTHAND,
+        _TRUST,
         click.Option(["--quiet"], is_flag=True, help="Print the run directory only."),
     ],
 )
@@ -302,16 +321,20 @@ def _sweep(
     jobs: int,
     out: str | None,
     quiet: bool,
+    trust: bool,
     **settings: Any,
 ) -> None:
     ctx = click.get_current_context()
     with _one_line_errors(), StoppingSignals():
-        plan = _planned(over, recipe, _with_shorthand(_given(ctx, settings), autoencoder))
+        given = _with_shorthand(_given(ctx, settings), autoencoder)
+        plan = _planned(over, recipe, given)
+        typed = "guide" in given or any(text.partition("=")[0].strip() == "guide" for text in over)
+        trust = plan.admit(trust=trust or typed)
         for name in _AUTOENCODER if autoencoder else ():
             if {cell.get(name, _AUTOENCODER[name]) for cell in plan.cells} != {_AUTOENCODER[name]}:
                 raise sweeps.SweepError(f"expected {name} {_AUTOENCODER[name]} with --autoencoder, got others")
         directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
-        sweep = sweeps.Sweep(directory, plan)
+        sweep = sweeps.Sweep(directory, plan, trust)
         bar = tqdm(total=len(plan.cells), unit="run", disable=quiet, dynamic_ncols=True)
 
         def report(cell: str, outcome: str) -> None:
@@ -384,6 +407,7 @@ def _sweep_options() -> list[click.Parameter]:
             ["--recipe"], metavar="NAME|FILE", help=f"A TOML file, or one of {', '.join(sweeps.recipes())}."
         ),
         _SHORTHAND,
+        _TRUST,
         click.Option(
             ["--jobs", "-j"], type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time."
         ),
@@ -411,6 +435,7 @@ def _counts(text: str) -> tuple[int, ...]:
 def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at: Any, **settings: Any) -> None:
     ctx = click.get_current_context()
     own = {name: settings.pop(name) for name in ("estimators", "particles", "draws", "batches")}
+    trust = settings.pop("trust")
     out, quiet, as_json = settings.pop("out"), settings.pop("quiet"), settings.pop("as_json")
     with _one_line_errors():
         if (run is not None) + fresh + (testbed is not None) != 1:
@@ -437,12 +462,14 @@ def _variance(run: str | None, fresh: bool, testbed: str | None, along: bool, at
                 found = measurement.of_testbed(TESTBEDS[testbed]())
             elif along:
                 config = Config(**settings) if fresh else _of_run(run, settings)
+                if run is not None:
+                    runs.admit(Path(run), config, trust=trust)
                 epochs = at or (*(e for e in (0, 1, 10, 100) if e < config.epochs), config.epochs)
                 found = measurement.along(config, epochs)
             elif fresh:
                 found = measurement.of_config(Config(**settings))
             else:
-                found = measurement.of_run(run, _of_run(run, settings))
+                found = measurement.of_run(run, _of_run(run, settings), trust=trust)
             write(directory, found)
         by_epoch = found if along else {None: found}
         if as_json:
@@ -520,6 +547,7 @@ def _variance_options() -> list[click.Parameter]:
             help="A new or empty directory for the results.",
         ),
         click.Option(["--quiet"], is_flag=True, help="Print the directory only."),
+        _TRUST,
         *of_train,
     ]
 
@@ -533,12 +561,12 @@ variance_command = click.Command(
 
 
 def _evaluate(
-    run: str, which: str, cuda: bool, data_dir: str | None, as_json: bool, quiet: bool, **own: Any
+    run: str, which: str, cuda: bool, data_dir: str | None, as_json: bool, quiet: bool, trust: bool, **own: Any
 ) -> None:
     with _one_line_errors():
         device = Config(cuda=cuda).device()
         examination = Examination(**own, quiet=quiet or as_json)
-        found = examination.of_run(run, which=which, device=device, data_dir=data_dir)
+        found = examination.of_run(run, which=which, device=device, data_dir=data_dir, trust=trust)
         path = assessment.write(Path(run), found)
         if as_json:
             _say(path.read_text(), nl=False)
@@ -609,6 +637,7 @@ def _evaluate_options() -> list[click.Parameter]:
         *(_option(field) for field in fields(Config) if field.name in ("data_dir", "cuda")),
         click.Option(["--json", "as_json"], is_flag=True, help="Print evaluation.json instead of a table."),
         click.Option(["--quiet"], is_flag=True, help="Print the path of evaluation.json only."),
+        _TRUST,
     ]
 
 
@@ -676,7 +705,7 @@ def _of_picture(name: str) -> list[click.Option]:
 
 
 def _of_load() -> list[click.Option]:
-    """Which parameters of a run, and where they work."""
+    """Which parameters of a run, where they work, and whether its own code is trusted."""
     return [
         click.Option(
             ["--which"],
@@ -686,6 +715,7 @@ def _of_load() -> list[click.Option]:
             help="The parameters of the best epoch, or of the last.",
         ),
         *(_option(field) for field in fields(Config) if field.name == "cuda"),
+        _TRUST,
     ]
 
 
@@ -820,10 +850,10 @@ encode_command = click.Command(
 )
 
 
-def _report(run: str, out: str | None, cuda: bool, data_dir: str | None) -> None:
+def _report(run: str, out: str | None, cuda: bool, data_dir: str | None, trust: bool) -> None:
     with _one_line_errors():
         path = reports.path_for(run, out)
-        reports.save(reports.report(run, data_dir=data_dir, device=_device(cuda)), path)
+        reports.save(reports.report(run, data_dir=data_dir, device=_device(cuda), trust=trust), path)
         _say(path)
 
 
@@ -841,6 +871,7 @@ report_command = click.Command(
             show_default="RUN/report.html",
             help="The page, in place of any that is there.",
         ),
+        _TRUST,
     ],
 )
 

@@ -21,6 +21,7 @@ from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
 from pyrovae.inputs import check_above, check_count
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
 from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
+from pyrovae.parts import Received, TrustError
 from pyrovae.schemas import check, reason
 from pyrovae.vae import VAE
 
@@ -95,6 +96,9 @@ GUIDE_SETTINGS = (
     "refine_lr",
     "refine_through",
 )
+
+
+PARTS = ("guide",)  # fields that may name a class of one's own
 
 
 @functools.cache  # a signature takes long to read, and each Config asks for all of them
@@ -284,7 +288,8 @@ class Config:
                 raise ValueError(f"expected {field.name} in {', '.join(choices)}, got {value!r}")
         self._check_belonging("likelihood", LIKELIHOODS)
         self._check_belonging("network", NETWORKS)
-        self._check_belonging("guide", GUIDES | {self.guide: guide_class(self.guide)})
+        with contextlib.suppress(TrustError):  # what is not to be imported yet, `admit` checks
+            self._check_guide()
         self._check_belonging("estimator", ESTIMATORS)
         self.make_likelihood(levels=256)
         self.make_network()
@@ -297,6 +302,21 @@ class Config:
                         f"expected {name} {plain} with estimator {self.estimator!r}, {why}, "
                         f"got {getattr(self, name)}"
                     )
+
+    def admit(self, *, trust: bool = False) -> None:
+        """Imports what it names of one's own, so that a VAE can be made; see `parts`.
+
+        Only settings that were read from a file need this.
+
+        Args:
+            trust: Whether to import a module that pyrovae does not have and nobody has imported: its code runs.
+
+        Raises:
+            TrustError: There is such a module, and `trust` is False.
+            ValueError: It cannot be imported, or the settings do not belong to what it has.
+        """
+        guide_class(self.guide, trust=trust)
+        self._check_guide()
 
     def make_dataset(self) -> Dataset:
         """The images, on the CPU: in memory, but for those of a large .npy, which stay in the file."""
@@ -329,6 +349,7 @@ class Config:
 
         Raises:
             ValueError: It is to be conditional and there are no classes.
+            TrustError: A file names foreign code, and `admit` has not been told to trust it.
         """
         if self.conditional and not classes:
             raise ValueError(
@@ -399,7 +420,9 @@ class Config:
         path = Path(self.dataset).expanduser()
         if self.dataset not in DATASETS and path.exists():
             settings["dataset"] = str(path.resolve())
-        return dataclasses.replace(self, **settings, **self._guide_settings())
+        with contextlib.suppress(TrustError):  # then it was read from a run, where all is written out
+            settings |= self._guide_settings()
+        return dataclasses.replace(self, **settings)
 
     def arguments(self, levels: int) -> list[str]:
         """What to type after `train` for this run: the options without which it would be another.
@@ -434,7 +457,7 @@ class Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_json`.
+        """The inverse of `to_json`. What they name of one's own is not imported: see `admit`.
 
         Raises:
             ValueError: A key or value that Config does not have.
@@ -444,7 +467,11 @@ class Config:
             if name not in known:
                 raise ValueError(f"expected settings of a run, got {name!r}")
             _check_type(known[name], value)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        received = {name: Received(values[name]) for name in PARTS if name in values}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()} | received)
+
+    def _check_guide(self) -> None:
+        self._check_belonging("guide", GUIDES | {self.guide: guide_class(self.guide)})
 
     def _guide_settings(self) -> dict[str, Any]:
         """The keyword arguments of the guide: this run's, else the family's defaults."""

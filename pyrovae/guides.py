@@ -1,12 +1,8 @@
 """Guides q(z|x): the extension point, and its families."""
 
 import abc
-import inspect
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.nn.functional import softplus
 
+from pyrovae import parts
 from pyrovae.buffers import kept_buffers
 from pyrovae.distributions import Flow, GaussianMixture
 from pyrovae.inputs import check_above
@@ -509,12 +506,16 @@ GUIDES: dict[str, type[Guide]] = {
 }
 
 
-def guide_class(name: str) -> type[Guide]:
+def guide_class(name: str, *, trust: bool = False) -> type[Guide]:
     """A family by its name in GUIDES, or one of your own by `package.module:Class`.
 
-    The module is one that is installed, or lies in the current directory.
+    The module is one that is installed, or lies in the current directory. See `parts` for when it is imported.
+
+    Args:
+        trust: Whether a module may be imported that only a file names.
 
     Raises:
+        TrustError: A file names the module, and nobody has consented to import it.
         ValueError: There is no such family, module or class, or the class is no guide.
 
     Example:
@@ -523,22 +524,11 @@ def guide_class(name: str) -> type[Guide]:
     """
     if name in GUIDES:
         return GUIDES[name]
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"expected guide in {', '.join(GUIDES)}, or package.module:Class of your own, got {name!r}"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # whatever a foreign module raises
-        raise ValueError(f"expected guide {name!r} in a module to import, got {_in_a_line(error)}") from error
-    family = getattr(module, class_name, None)
-    if not (isinstance(family, type) and issubclass(family, Guide)) or inspect.isabstract(family):
-        got = f"no {class_name!r} there" if family is None else f"{family!r}"
-        raise ValueError(f"expected guide {name!r} to be a subclass of pyrovae.Guide with forward, got {got}")
-    return family
+    return parts.find("guide", name, Guide, trust=trust)
 
 
 def make_guide(name: str, encoder: Encoder, latent_dim: int, **settings: Any) -> Guide:
@@ -555,9 +545,5 @@ def make_guide(name: str, encoder: Encoder, latent_dim: int, **settings: Any) ->
     except Exception as error:  # whatever a foreign class raises
         made = ", ".join(["encoder", "latent_dim", *settings])
         raise ValueError(
-            f"expected guide {name!r} to be made as {family.__name__}({made}), got {_in_a_line(error)}"
+            f"expected guide {name!r} to be made as {family.__name__}({made}), got {parts.in_a_line(error)}"
         ) from error
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -98,10 +98,15 @@ class Measurement:
         pair = case.pair()
         return self._compare(pair, x, parts=pair.parts(), exact=case, settings={"testbed": repr(case)})
 
-    def of_run(self, run: str | Path, config: Config | None = None) -> Comparison:
-        """At a trained run's best parameters; `config` may say where it is done and where the data lie."""
+    def of_run(self, run: str | Path, config: Config | None = None, *, trust: bool = False) -> Comparison:
+        """At a trained run's best parameters.
+
+        Args:
+            config: The run's settings, which may say where this is done and where the data lie.
+            trust: Whether to import foreign code that the run names.
+        """
         config = config or read_config(Path(run))[0]
-        vae = load(run, device=config.device())
+        vae = load(run, device=config.device(), trust=trust)
         epoch = load_checkpoint(Path(run) / "best.pt", "cpu")["epoch"]
         return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
 

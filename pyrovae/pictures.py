@@ -10,6 +10,7 @@ split        "train", "validation", "test", or "all" of the source's images in t
 data         Images in place of the run's own: whatever `load_dataset` reads, of the run's image shape. A
              folder's images are resized and cropped to it where it is square.
 data_dir     Where downloaded datasets lie; the run's own place if None.
+trust        Whether to import foreign code that the run names, a guide of one's own, and so to run it.
 
 Each raises RunError or CheckpointError for a run that is none or is damaged, and ValueError for an argument
 out of range.
@@ -61,10 +62,11 @@ def reconstruct(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """The first images above their reconstructions, at most this many."""
     _check("images", images, 1, MOST**2)
-    vae = runs.load(run, which=which, device=device)
+    vae = runs.load(run, which=which, device=device, trust=trust)
     shown = images_of(run, vae, split=split, data=data, data_dir=data_dir)[:images]
     name = f"{split or 'validation'} images" if data is None else f"images of {Path(data).name}"
     reconstructed = _in_batches(vae.reconstruct, shown.pixels, shown.labels)
@@ -79,6 +81,7 @@ def sample(
     seed: int = 0,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """The expected images of n draws from the prior, as square a grid as n allows.
 
@@ -86,7 +89,7 @@ def sample(
         digit: Of a conditional VAE, the one class to show; if None it shows a row for each class.
     """
     _check("n", n, 1, MOST**2)
-    vae = runs.load(run, which=which, device=device)
+    vae = runs.load(run, which=which, device=device, trust=trust)
     _check_class(vae, digit)
     return runs.samples(vae, n, seed=seed, label=digit)
 
@@ -100,6 +103,7 @@ def interpolate(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """Decoded points on the straight way from one validation image's code to another's, a z1 + (1 - a) z2.
 
@@ -116,7 +120,7 @@ def interpolate(
     name, chosen, count = ("between", between or (0, 1), 2) if corners is None else ("corners", corners, 4)
     if len(chosen) != count:
         raise ValueError(f"expected {name} of {count} indices, got {len(chosen)}")
-    vae = _continuous(run, "an interpolation", which, device)
+    vae = _continuous(run, "an interpolation", which, device, trust)
     images = images_of(run, vae, data_dir=data_dir)
     for index in chosen:
         _check(name, index, 0, len(images) - 1)
@@ -161,6 +165,7 @@ def manifold(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """The decoded latent space over the prior's quantiles: a grid if it has two dimensions, else traversals.
 
@@ -174,7 +179,7 @@ def manifold(
         image: The validation image at whose code the other dimensions stay; at zero if None.
         digit: Of a conditional VAE, the class to decode; that of the image, or else 0, if None.
     """
-    vae = _continuous(run, "a manifold", which, device)
+    vae = _continuous(run, "a manifold", which, device, trust)
     flat = vae.latent_dim == 2
     steps = (runs.GRID_SIDE if flat else 11) if steps is None else steps
     _check("steps", steps, 2, MOST)
@@ -230,6 +235,7 @@ def latent(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """The means of q(z|x), coloured by class where there are labels.
 
@@ -243,7 +249,7 @@ def latent(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected limit >= 1, got {limit}")
-    vae = runs.load(run, which=which, device=device)
+    vae = runs.load(run, which=which, device=device, trust=trust)
     if tsne and vae.latent_dim < 3:
         raise ValueError(f"expected tsne with more than 2 latent dimensions, got {vae.latent_dim}")
     images = images_of(run, vae, split=split, data=data, data_dir=data_dir)
@@ -268,6 +274,7 @@ def side_by_side(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Figure:
     """Runs beside each other, an autoencoder and a VAE say: codes on one scale, and decoded draws of the prior.
 
@@ -277,8 +284,10 @@ def side_by_side(
     Args:
         several: Two or more runs on the same images, with two or more latent dimensions.
     """
-    vaes, images, _ = _comparable(several, split, data_dir, which, device)
-    errors = reconstruction_errors(*several, split=split, data_dir=data_dir, which=which, device=device)
+    vaes, images, _ = _comparable(several, split, data_dir, which, device, trust)
+    errors = reconstruction_errors(
+        *several, split=split, data_dir=data_dir, which=which, device=device, trust=trust
+    )
     clouds, samples = {}, []
     for name, vae in vaes.items():
         if vae.latent_dim < 2:
@@ -297,12 +306,13 @@ def reconstruction_errors(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> dict[str, float]:
     """Squared errors of reconstruction, summed over pixels and averaged over images, by run.
 
     Beside them stands that of as many principal components, fitted to the training images.
     """
-    vaes, images, train = _comparable(several, split, data_dir, which, device)
+    vaes, images, train = _comparable(several, split, data_dir, which, device, trust)
     errors = {name: squared_error(vae, images) for name, vae in vaes.items()}
     for dim in sorted({vae.latent_dim for vae in vaes.values()}):
         errors[f"PCA, {dim} components"] = pca_squared_error(train, images, dim)
@@ -310,14 +320,19 @@ def reconstruction_errors(
 
 
 def _comparable(
-    several: Sequence[str | Path], split: str | None, data_dir: str | Path | None, which: str, device: str
+    several: Sequence[str | Path],
+    split: str | None,
+    data_dir: str | Path | None,
+    which: str,
+    device: str,
+    trust: bool,
 ) -> tuple[dict[str, VAE], Images, Images]:
     """The models by kind, or else by run, the images asked for, and those of training, the same for all."""
     if len(several) < 2 or len({Path(run).resolve() for run in several}) < len(several):
         raise ValueError(f"expected at least two runs, and none twice, got {', '.join(map(str, several))}")
     if split == "all":
         raise ValueError(f"expected split in {', '.join(s for s in SPLITS if s != 'all')}, got 'all'")
-    loaded = [runs.load(run, which=which, device=device) for run in several]
+    loaded = [runs.load(run, which=which, device=device, trust=trust) for run in several]
     kinds = ["VAE" if vae.posterior.density else "autoencoder" for vae in loaded]
     short = [Path(run).resolve().name for run in several]
     naming = next(names for names in (kinds, short, several) if len(set(names)) == len(several))
@@ -412,9 +427,10 @@ def encode(
     data_dir: str | Path | None = None,
     which: str = "best",
     device: str = "cpu",
+    trust: bool = False,
 ) -> Latents:
     """q(z|x) of images, in their order."""
-    vae = runs.load(run, which=which, device=device)
+    vae = runs.load(run, which=which, device=device, trust=trust)
     images = images_of(run, vae, split=split, data=data, data_dir=data_dir)
     mean = _in_batches(vae.encode, images.pixels, images.labels)
     try:
@@ -540,8 +556,8 @@ def writing(path: Path) -> Iterator[None]:
         raise ValueError(f"expected out where a file can be written, got {path}: {error.reason}") from None
 
 
-def _continuous(run: str | Path, what: str, which: str, device: str) -> VAE:
-    vae = runs.load(run, which=which, device=device)
+def _continuous(run: str | Path, what: str, which: str, device: str, trust: bool) -> VAE:
+    vae = runs.load(run, which=which, device=device, trust=trust)
     if vae.posterior.discrete:
         raise ValueError(
             f"expected a run with a continuous latent space for {what}, got one whose codes are bits, "

@@ -8,6 +8,7 @@ import base64
 import io
 import math
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -23,6 +24,7 @@ from pyrovae.checkpoints import load_checkpoint
 from pyrovae.comparison import Comparison
 from pyrovae.config import Config, flag, spelled
 from pyrovae.data import DATASETS
+from pyrovae.parts import TrustError, TrustWarning, is_foreign
 from pyrovae.run_directories import read_settings
 from pyrovae.schemas import Row
 from pyrovae.texts import printable
@@ -100,6 +102,8 @@ class Subject:
 
     Attributes:
         best: The metrics of the epoch whose parameters the VAE has.
+        vae: None if it needs foreign code that is not trusted.
+        untold: What the page lacks for that reason, and why, in a sentence; empty if it lacks nothing.
         variance: The last measurement of gradients at such parameters; None if there is none.
         along: The last one along training, by epoch.
     """
@@ -110,20 +114,29 @@ class Subject:
     versions: dict[str, str]
     history: list[Row]
     best: Row
-    vae: VAE
+    vae: VAE | None
+    untold: str
     evaluation: Assessment | None
     variance: Comparison | None
     along: dict[int, Comparison] | None
     data_dir: str | Path | None
     device: str
+    trust: bool
 
 
-def report(run: str | Path, *, data_dir: str | Path | None = None, device: str = "cpu") -> str:
+def report(
+    run: str | Path, *, data_dir: str | Path | None = None, device: str = "cpu", trust: bool = False
+) -> str:
     """The page, as HTML.
 
     Args:
         data_dir: Where downloaded datasets lie; the run's own place if None.
         device: Where the VAE works.
+        trust: Whether to import foreign code that the run names. Without it, the page of such a run lacks what
+            needs its VAE: images and codes.
+
+    Warns:
+        TrustWarning: The page lacks something for that reason.
 
     Raises:
         RunError: The directory is no run, has no whole epoch yet, or a file in it is damaged.
@@ -136,7 +149,7 @@ def report(run: str | Path, *, data_dir: str | Path | None = None, device: str =
         >>> report(run).splitlines()[0]
         '<!DOCTYPE html>'
     """
-    subject = _read(Path(run), data_dir, device)
+    subject = _read(Path(run), data_dir, device, trust)
     environment = Environment(
         autoescape=True,
         finalize=lambda value: printable(value) if isinstance(value, str) else value,
@@ -171,10 +184,15 @@ def save(page: str, path: Path) -> None:
         write_atomically(path, page)
 
 
-def _read(run: Path, data_dir: str | Path | None, device: str) -> Subject:
+def _read(run: Path, data_dir: str | Path | None, device: str, trust: bool) -> Subject:
     config, data = runs.read_config(run)
     history = pictures.history(run)
-    vae = runs.load(run, device=device)
+    vae, untold = None, ""
+    try:
+        vae = runs.load(run, device=device, trust=trust)
+    except TrustError as error:
+        untold = f"no reconstructions, samples and latent space, which take {error.found}"
+        warnings.warn(f"{run}: {untold}", TrustWarning, stacklevel=3)
     epoch = load_checkpoint(run / "best.pt", "cpu")["epoch"]
     best = next((row for row in history if row["epoch"] == epoch), None)
     if best is None:
@@ -182,7 +200,20 @@ def _read(run: Path, data_dir: str | Path | None, device: str) -> Subject:
     versions = read_settings(run).get("versions", {})
     evaluation, (variance, along) = assessment.read(run), _measurements(run)
     return Subject(
-        run, config, data, versions, history, best, vae, evaluation, variance, along, data_dir, device
+        run,
+        config,
+        data,
+        versions,
+        history,
+        best,
+        vae,
+        untold,
+        evaluation,
+        variance,
+        along,
+        data_dir,
+        device,
+        trust,
     )
 
 
@@ -212,9 +243,15 @@ def _number(value: float | None) -> str:
 
 def _to_do(s: Subject, what: str, command: str) -> dict[str, Any]:
     """A section's text where there is nothing to show yet, and the command for it."""
-    if not s.vae.posterior.density:
+    if _has_no_density(s):
         return {"text": f"Not {what}: an autoencoder gives an image no probability."}
-    return {"text": f"Not {what} yet. To do it:", "command": _typed(command, str(s.run))}
+    words = [command, str(s.run), *(["--trust"] if s.trust and is_foreign(s.config.guide) else [])]
+    return {"text": f"Not {what} yet. To do it:", "command": _typed(*words)}
+
+
+def _has_no_density(s: Subject) -> bool:
+    """Whether the run is an autoencoder, in whose metrics there is no ELBO."""
+    return s.best["validation_elbo"] is None
 
 
 def _typed(*words: str) -> list[str]:
@@ -226,7 +263,9 @@ def _typed(*words: str) -> list[str]:
 
 def _summary(s: Subject) -> Section:
     config, data = s.config, s.data
-    parameters = sum(parameter.numel() for parameter in s.vae.parameters())
+    model = _lead(config).partition(", ")[2]
+    if s.vae:
+        model += f"; {sum(parameter.numel() for parameter in s.vae.parameters()):,} parameters"
     trained = f"{config.estimator}, K = {config.particles}"
     if config.beta != 1:
         trained += f", beta = {config.beta:g}"
@@ -235,7 +274,7 @@ def _summary(s: Subject) -> Section:
     return Section(
         name="summary",
         title="Summary",
-        warnings=_warnings(s),
+        warnings=[*([s.untold] if s.untold else []), *_warnings(s)],
         headlines=[*_of_validation(s.best), *_of_test(s.evaluation)],
         facts=[
             Fact(
@@ -243,7 +282,7 @@ def _summary(s: Subject) -> Section:
                 f"{_dataset(config)}: {data['train']:,} images to train on, {data['validation']:,} to choose "
                 f"the best epoch by, {data['test']:,} to test on; {_shape(data)} pixels",
             ),
-            Fact("model", f"{_lead(config).partition(', ')[2]}; {parameters:,} parameters"),
+            Fact("model", model),
             Fact("objective", trained),
             Fact(
                 "epochs",
@@ -255,9 +294,9 @@ def _summary(s: Subject) -> Section:
 
 
 def _warnings(s: Subject) -> list[str]:
-    if not s.vae.posterior.density:
+    if _has_no_density(s):
         return ["an autoencoder: q(z|x) has no density, so that there is no KL and no ELBO"]
-    if s.evaluation is None and not s.vae.likelihood.normalised:
+    if s.evaluation is None and not s.config.make_likelihood(s.data["levels"]).normalised:
         return ["a pseudo-likelihood, which is not normalised: its ELBO bounds nothing"]
     return [*s.evaluation.notes, *_outdated(s, s.evaluation.settings)] if s.evaluation else []
 
@@ -353,7 +392,9 @@ def _curves(s: Subject) -> Section:
     )
 
 
-def _reconstructions(s: Subject) -> Section:
+def _reconstructions(s: Subject) -> Section | None:
+    if s.vae is None:
+        return None
     point = "at the most probable code" if s.vae.posterior.discrete else "at the mean of q(z|x)"
     return Section(
         name="reconstructions",
@@ -368,7 +409,9 @@ def _reconstructions(s: Subject) -> Section:
     )
 
 
-def _samples(s: Subject) -> Section:
+def _samples(s: Subject) -> Section | None:
+    if s.vae is None:
+        return None
     return Section(
         name="samples",
         title="Samples",
@@ -382,7 +425,9 @@ def _samples(s: Subject) -> Section:
     )
 
 
-def _latent(s: Subject) -> Section:
+def _latent(s: Subject) -> Section | None:
+    if s.vae is None:
+        return None
     where = {"data_dir": s.data_dir, "device": s.device}
     section = {"name": "latent", "title": "Latent space"}
     codes = Picture.of(

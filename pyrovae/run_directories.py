@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pyrovae.config import Config
 from pyrovae.data import Dataset
+from pyrovae.parts import TrustError
 from pyrovae.schemas import RAISED_BY_DAMAGE, Labelled, Settings, check, refused
 from pyrovae.versions import recorded
 from pyrovae.whole_files import WriteError, is_new
@@ -18,6 +19,10 @@ VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
 
 class RunError(ValueError):
     """A run directory is not what it should be."""
+
+
+class UntrustedRunError(RunError, TrustError):
+    """A run names foreign code, which nobody has consented to import."""
 
 
 def read_settings(run: Path) -> Settings:
@@ -52,6 +57,22 @@ def read_config(run: Path) -> tuple[Config, Labelled]:
 
 def _settings_in(path: Path) -> contextlib.AbstractContextManager[None]:
     return refused(RunError, f"the settings of a run in {path}")
+
+
+def admit(run: Path, config: Config, *, trust: bool) -> None:
+    """Imports what a run's settings name of one's own, as `Config.admit` does.
+
+    Raises:
+        UntrustedRunError: They name foreign code that is not trusted.
+        RunError: They name foreign code that is not there.
+    """
+    expected = f"the settings of a run in {run / 'config.json'}"
+    try:
+        config.admit(trust=trust)
+    except TrustError as error:
+        raise UntrustedRunError(expected, error.found) from None
+    except ValueError as error:
+        raise RunError(f"expected {expected}, got: {error}") from None
 
 
 def record(config: Config, dataset: Dataset) -> str:

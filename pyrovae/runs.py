@@ -27,6 +27,7 @@ from pyrovae.data import Dataset
 from pyrovae.run_directories import (
     LEFT,
     RunError,
+    admit,
     check_new,
     describe,
     new_directory,
@@ -64,17 +65,21 @@ class StoppedError(OSError):
     run: Path
 
 
-def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) -> tuple[Path, Fit]:
+def train(
+    config: Config, *, out: str | Path | None = None, quiet: bool = True, trust: bool = False
+) -> tuple[Path, Fit]:
     """Trains a new run and leaves its directory.
 
     Args:
         out: The directory, which must not exist or be empty; `runs/<dataset>-<likelihood>-<n>` if None.
         quiet: No progress bar.
+        trust: Whether to import foreign code that only a file names: of settings read from a recipe, say.
 
     Returns:
         The directory, and how training went.
 
     Raises:
+        TrustError: There is such code, and `trust` is False.
         ValueError: The data or settings do not do; nothing was written.
         LockedError: Another process is writing to the directory.
         DivergedError: Training met a value that is not finite.
@@ -86,6 +91,7 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
         >>> load(run).sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
+    config.admit(trust=trust)
     with distributed.together():
         device = distributed.own_device(config.device())
     dataset = distributed.in_turn(config.make_dataset)
@@ -113,18 +119,22 @@ def train(config: Config, *, out: str | Path | None = None, quiet: bool = True) 
         return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
 
 
-def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: bool = True) -> tuple[Path, Fit]:
+def resume(
+    run: str | Path, *, changes: dict[str, Any] | None = None, quiet: bool = True, trust: bool = False
+) -> tuple[Path, Fit]:
     """Continues a run to its end, as if it had never been interrupted.
 
     Args:
         changes: New values of settings in MAY_CHANGE; others must be as the run has them.
         quiet: No progress bar.
+        trust: Whether to import foreign code that the run names.
 
     Returns:
         The directory, and how training went; a run that was over is left as it is.
 
     Raises:
-        RunError: The directory is no run, its data have changed, or a change is not allowed.
+        RunError: The directory is no run, its data have changed, a change is not allowed, or it names foreign
+            code and `trust` is False.
         CheckpointError: The checkpoint is missing, damaged or of another run.
         LockedError: Another process is writing to the run.
         StoppedError: Training was stopped by the system, and can go on by `resume`.
@@ -132,12 +142,13 @@ def resume(run: str | Path, *, changes: dict[str, Any] | None = None, quiet: boo
     directory = Path(run)
     distributed.from_first(lambda: read_config(directory))  # no lock is left in what is no run
     with distributed.locked(directory):
-        return directory, _resume(directory, changes or {}, quiet)
+        return directory, _resume(directory, changes or {}, quiet, trust)
 
 
-def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
+def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) -> Fit:
     saved, described = distributed.from_first(lambda: read_config(directory))
     config = _changed(saved, changes)
+    admit(directory, config, trust=trust)
     with distributed.together():
         device = distributed.own_device(config.device())
     dataset = distributed.in_turn(config.make_dataset)
@@ -167,14 +178,18 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool) -> Fit:
     return _fit(directory, config, dataset.to(device), vae, resume=trained, quiet=quiet)
 
 
-def load(run: str | Path, *, which: str = "best", device: torch.device | str = "cpu") -> VAE:
+def load(
+    run: str | Path, *, which: str = "best", device: torch.device | str = "cpu", trust: bool = False
+) -> VAE:
     """A trained VAE, in evaluation mode.
 
     Args:
         which: "best", the parameters with the best validation objective, or "last".
+        trust: Whether to import foreign code that the run names, a guide of one's own, and so to run it. What
+            the program has imported already needs no trust.
 
     Raises:
-        RunError: The directory is no run.
+        RunError: The directory is no run, or it names foreign code and `trust` is False.
         CheckpointError: The checkpoint is missing, damaged or of another run.
     """
     files = {"best": "best.pt", "last": "checkpoint.pt"}
@@ -194,6 +209,7 @@ def load(run: str | Path, *, which: str = "best", device: torch.device | str = "
             f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
         )
     state = load_checkpoint(path, device)
+    admit(directory, config, trust=trust)
     with explained(path):
         vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
         vae.load_state_dict(state["model"])

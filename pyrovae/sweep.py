@@ -26,6 +26,7 @@ from typing import Any
 from pyrovae import distributed, locks, schemas
 from pyrovae.checkpoints import CheckpointError, read_metrics
 from pyrovae.config import Config
+from pyrovae.parts import TrustError, is_foreign
 from pyrovae.processes import Processes
 from pyrovae.runs import is_complete
 from pyrovae.schemas import check, refused
@@ -76,6 +77,26 @@ class Recipe:
                 self.config(cell)
             except ValueError as error:
                 raise SweepError(f"{error} in the cell {name_of(cell) or 'of a recipe'}") from None
+
+    def admit(self, *, trust: bool) -> bool:
+        """Imports what the cells name of one's own, if trusted, so that no cell starts with a wrong name.
+
+        Returns:
+            Whether there is foreign code, which the cells must be told to trust.
+
+        Raises:
+            TrustError: A cell names foreign code that is not trusted.
+            SweepError: A cell names foreign code that is not there.
+        """
+        configs = [self.config(cell) for cell in self.cells]
+        for cell, config in zip(self.cells, configs, strict=True):
+            try:
+                config.admit(trust=trust)
+            except TrustError:
+                raise
+            except ValueError as error:
+                raise SweepError(f"{error} in the cell {name_of(cell) or 'of a recipe'}") from None
+        return any(is_foreign(config.guide) for config in configs)
 
     def config(self, cell: Settings) -> Config:
         """A cell's settings as a whole."""
@@ -143,12 +164,16 @@ def name_of(cell: Settings) -> str:
 class Sweep:
     """A directory in which the cells of a recipe are run.
 
+    Attributes:
+        trust: Whether the cells may import foreign code that the recipe names.
+
     Raises:
         SweepError: The directory has other files, or another sweep.
     """
 
     directory: Path
     recipe: Recipe
+    trust: bool = False
 
     def __post_init__(self):
         self._check_place()  # no lock is left in what is no sweep
@@ -252,6 +277,7 @@ class Sweep:
         with open(printed, "a") as log:
             before = log.tell()  # what it printed when it was started before
             command = [sys.executable, "-m", "pyrovae.cell", "train", *arguments, "--quiet"]
+            command += ["--trust"] if self.trust else []
             code = processes.run(command, log, distributed.without_launcher(os.environ))
         return _ending(code, printed.read_bytes()[before:].decode(errors="replace"))
 

@@ -24,6 +24,7 @@ FLOORS = [
         "inputs",
         "locks",
         "pareto",
+        "parts",
         "processes",
         "references",
         "texts",

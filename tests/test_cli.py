@@ -172,6 +172,7 @@ OTHER_FLAGS = {
     "--data-dir",
     "--cuda",
     "--figure-epochs",
+    "--trust",
 }
 
 
@@ -180,7 +181,7 @@ def test_flags_of_train():
     assert {name: option.opts[1] for name, option in options.items() if option.opts[1:]} == SHORT_FLAGS
     assert options.keys() == SHORT_FLAGS.keys() | OTHER_FLAGS
     assert options["--use-rep"].secondary_opts == ["--no-use-rep"]
-    own = {"out", "resume", "recipe", "autoencoder", "quiet"}
+    own = {"out", "resume", "recipe", "autoencoder", "quiet", "trust"}
     assert {option.name for option in options.values()} == {field.name for field in fields(Config)} | own
 
 
