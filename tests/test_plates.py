@@ -490,6 +490,36 @@ def test_all_data_of_several_plates_are_one_datum_for_the_score_function():
         assert_same(estimator, estimator, apart[:2], apart[2], (model, guide), parameters)
 
 
+@pytest.mark.parametrize("family", [Elbo, Rloo])
+def test_the_score_function_is_unbiased_where_plates_cross(family):
+    """Bits outside, in either plate and in both: nine KLs, all of one number.
+
+    Two-sided limits at a false-alarm rate of 1e-6 each. Power: 3 % of the gradient.
+    """
+    n, p = 100_000, torch.tensor(0.27, dtype=F64)
+    q = torch.full((n, 1, 1), 0.75, dtype=F64, requires_grad=True)
+
+    def program(probability):
+        outer, inner = pyro.plate("outer", 2, dim=-1), pyro.plate("inner", 2, dim=-2)
+        pyro.sample("w", dist.Bernoulli(probability))
+        with outer:
+            pyro.sample("x", dist.Bernoulli(probability))
+        with inner:
+            pyro.sample("y", dist.Bernoulli(probability))
+        with outer, inner:
+            pyro.sample("z", dist.Bernoulli(probability))
+
+    pyro.set_rng_seed(1)
+    estimator = family(num_particles=n, use_rep=False, max_plate_nesting=2)
+    surrogate = n * estimator.surrogate(estimator.draws(lambda: program(p), lambda: program(q))).sum()
+    (each,) = torch.autograd.grad(surrogate, q)
+    one = number(0.75)
+    kl = 9 * torch.distributions.kl_divergence(dist.Bernoulli(one), dist.Bernoulli(p))
+    (expected,) = torch.autograd.grad(-kl, one)
+    assert (each.mean() - expected).abs() < 4.9 * each.std() / math.sqrt(n)
+    assert 4.9 * each.std() / math.sqrt(n) < 0.03 * expected.abs()
+
+
 def test_a_pair_without_latent_sites_is_that_of_maximum_likelihood():
     loc, x = number(0.3), torch.linspace(-1, 1, 4, dtype=F64)
 
@@ -501,6 +531,19 @@ def test_a_pair_without_latent_sites_is_that_of_maximum_likelihood():
         for particles in (1, 3):
             ours = Elbo(num_particles=particles, use_rep=use_rep)
             assert_same(ours, many(Trace_ELBO, particles), (model, lambda: None), [loc])
+        assert_same(AnalyticKL(use_rep=use_rep), Trace_ELBO(), (model, lambda: None), [loc])
+
+
+def test_a_penalty_outside_without_latent_sites_counts_once():
+    loc, x = number(0.3), torch.linspace(-1, 1, 4, dtype=F64)
+
+    def model():
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        pyro.factor("penalty", -(loc**2))
+
+    for estimator in (Elbo(use_rep=False), AnalyticKL(), AnalyticKL(use_rep=False), RunningMean(), Rloo()):
+        assert_same(estimator, Trace_ELBO(), (model, lambda: None), [loc])
 
 
 def test_a_model_that_observes_nothing_is_a_density_to_approach():

@@ -13,7 +13,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 from torch import nn
 from torch.distributions import constraints
 
-from pyrovae.estimators import Elbo, Rloo
+from pyrovae.estimators import Elbo, Iwae, Rloo
 from pyrovae.graphs import CaptureWarning, capture
 from tests.test_graphs import traced
 
@@ -316,6 +316,30 @@ def test_under_a_handler_of_pyros_a_step_is_not_captured(pair, x):
     assert found == pytest.approx([found[2]] * 3)
     assert_as_plain(step, pair, x)
     assert step.reason == ""
+
+
+def test_weights_that_are_not_of_each_datum_are_refused(pair, x):
+    step = capture(pair.model, pair.guide, Elbo(), x, backend=traced)
+    for number in (2, len(x) + 1):
+        with pytest.raises(ValueError, match=rf"\Aexpected one weight or {len(x)}, .* got {number}: .*\Z"):
+            step(x, weights=torch.ones(number, dtype=torch.float64))
+
+
+def test_weights_of_data_that_are_tied_are_refused():
+    x, loc = torch.ones(3), torch.zeros((), requires_grad=True)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide():
+        pyro.sample("w", dist.Normal(pyro.param("loc", loc), 1.0))
+
+    step = capture(model, guide, Iwae(num_particles=2), backend=traced)
+    with pytest.raises(ValueError, match=r"\Aexpected one weight or 1, .* got 3: data that are tied .*\Z"):
+        step(weights=torch.ones(3))
+    assert step(weights=torch.ones(1)).isfinite()
 
 
 def test_weights_are_of_each_datum(pair, x):

@@ -186,7 +186,7 @@ class Draws:
         """
         of_guide = [site for site in self.guide_sites.values() if not self.layout.is_inside(site)]
         of_model = [site for site in self.sites_in_model.values() if not self.layout.is_inside(site)]
-        if later is None and not of_guide and not of_model:
+        if not self.guide_sites or (later is None and not of_guide and not of_model):
             return signal.detach() * self.score
         if outside is None:
             outside = self._sum(of_model) - self._sum(of_guide)
@@ -312,7 +312,7 @@ class Draws:
     @cached_property
     def kl(self) -> Float[Tensor, "K B"]:
         """KL(q(z|x) || p(z)), in closed form where that may be used, given the particle's other samples."""
-        return torch.stack([kl.value for kl in self.kls.values()]).sum(0)
+        return sum((kl.value for kl in self.kls.values()), start=torch.zeros_like(self.log_lik))
 
     @cached_property
     def kls(self) -> dict[str, SiteKL]:

@@ -63,7 +63,7 @@ class AnalyticKL(Estimator):
     def draws(self, model, guide, *args, **kwargs) -> Draws:
         draws = super().draws(model, guide, *args, **kwargs)
         reasons = {name: form.reason for name, form in draws.closed_forms.items() if form.reason}
-        if all(form.where is False for form in draws.closed_forms.values()):
+        if reasons and all(form.where is False for form in draws.closed_forms.values()):
             site, reason = next(iter(reasons.items()))
             raise ValueError(
                 f"expected a closed-form KL(q || p) at site {site!r}, got none that is right, since {reason}: "
@@ -93,7 +93,7 @@ class AnalyticKL(Estimator):
         return (explicit + draws.scored(signal, later=later, outside=outside)).mean(0)
 
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
-        return sum(kl.value for kl in draws.kls.values()).mean(0)
+        return draws.kl.mean(0)
 
 
 class StickingTheLanding(Elbo):

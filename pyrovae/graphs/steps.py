@@ -73,7 +73,7 @@ class Step:
 
         Raises:
             ValueError: Pyro's parameter store has others by now than the step was made for, or there are
-                weights for an estimator of Pyro's.
+                weights for an estimator of Pyro's, or neither one nor as many as data.
 
         Warns:
             UserWarning: The pair has parameters that it did not have before.
@@ -138,7 +138,8 @@ class _Pair:
             if isinstance(self.estimator, Estimator):
                 draws = self.estimator.draws(model, guide, *args, **kwargs)
                 surrogate = self.estimator.surrogate(draws)
-                surrogate = surrogate if weights is None else surrogate * weights
+                if weights is not None:
+                    surrogate = surrogate * _fitting(weights, surrogate)
                 loss = -surrogate.sum() * draws.subsampling
                 value = (
                     self.value(draws) if self.value else -self.estimator.bound(draws).sum() * draws.subsampling
@@ -221,6 +222,16 @@ def capture(
     """
     leaves = leaves_of(model, guide, *args, seed=None, **kwargs)
     return Step(model, guide, estimator, leaves, backend=backend)
+
+
+def _fitting(weights: Float[Tensor, " W"], surrogate: Float[Tensor, " B"]) -> Float[Tensor, " W"]:
+    """The weights, where there is one for all data or one for each."""
+    if len(weights) not in (1, len(surrogate)):
+        raise ValueError(
+            f"expected one weight or {len(surrogate)}, as many as data that stand by themselves, got "
+            f"{len(weights)}: data that are tied by a site outside their plate count as one"
+        )
+    return weights
 
 
 def _leaves_in(loss: Tensor | None) -> Iterator[Tensor]:
