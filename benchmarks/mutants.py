@@ -39,6 +39,7 @@ from benchmarks.mutations import Mutation, mutations
 # Each module's own tests, those that say most of it first.
 JUDGES = {
     "annealing": ("evidence",),
+    "bias": ("bias", "comparison"),
     "buffers": ("run_once",),
     "checkpoints": ("training", "whole_files", "config", "pyro_traps"),
     "comparison": ("comparison", "laboratory"),
@@ -59,13 +60,14 @@ JUDGES = {
     "evidence": ("evidence", "conditional", "posterior_gap"),
     "guides": ("guides", "vae", "config"),
     "inputs": ("inputs", "vae", "conditional"),
+    "intervals": ("intervals", "variance"),
     "likelihoods": ("likelihoods", "vae", "evaluation"),
     "networks": ("networks", "conditional", "vae"),
     "pareto": ("weights", "evidence"),
-    "per_draw": ("per_draw", "variance"),
+    "per_draw": ("per_draw", "per_datum", "variance"),
     "training": ("training", "autoencoder", "conditional"),
     "vae": ("vae", "conditional", "guides", "autoencoder"),
-    "variance": ("variance", "laboratory", "comparison"),
+    "variance": ("variance", "per_datum", "laboratory", "comparison"),
     "weights": ("weights", "evidence", "evaluation"),
     "whole_files": ("whole_files", "training"),
 }

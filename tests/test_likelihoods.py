@@ -374,3 +374,10 @@ def test_from_pixels_cuts_and_rounds_where_observing_does():
     assert torch.equal(Bernoulli(binarize="threshold").from_pixels(pixels), (pixels >= 0.5).float())
     assert torch.equal(Bernoulli().from_pixels(pixels), pixels)
     assert torch.equal(Categorical(levels=3).from_pixels(pixels), (2 * pixels).round().long())
+
+
+@pytest.mark.parametrize(("c", "learned"), [(0.04, {}), ("learned", {"log_c": torch.tensor(0.04).log()})])
+def test_a_gaussian_pixel_lies_within_ten_standard_deviations_of_a_grey_level(c, learned):
+    """From -2 to 3 at a standard deviation of 0.2, in every pixel."""
+    x = torch.tensor([[-1.99, 2.99], [-2.01, 0.5], [0.5, 3.01], [3.01, -2.01]])
+    assert Gaussian(c=c).can_observe(x, **learned).tolist() == [True, False, False, False]

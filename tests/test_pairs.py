@@ -82,7 +82,8 @@ def x():
     return torch.randn(6, 3, dtype=torch.float64)
 
 
-def test_gradients_are_measured_in_evaluation_mode(way, x):
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_gradients_are_measured_in_evaluation_mode(way, x, vectorize):
     """As those of the same network that has been put into this mode by hand, and its statistics stay."""
     found = []
     for by_hand in (False, True):
@@ -92,7 +93,7 @@ def test_gradients_are_measured_in_evaluation_mode(way, x):
             if by_hand:
                 net.eval()
             before = [buffer.clone() for buffer in net.buffers()]
-            found.append(gradient_moments(model, way(net), Elbo(), x, draws=8, vectorize=False).tr_cov())
+            found.append(gradient_moments(model, way(net), Elbo(), x, draws=8, vectorize=vectorize).tr_cov())
             assert all(module.training is not by_hand for module in net.modules())
             assert all(map(torch.equal, net.buffers(), before))
     assert found[0] == pytest.approx(found[1], rel=1e-12)

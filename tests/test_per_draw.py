@@ -654,6 +654,23 @@ def test_a_model_without_parameters():
     assert stats.tr_cov("decoder") == 0
 
 
+@pytest.mark.parametrize("vectorize", [None, False])
+def test_parameters_that_do_not_enter_have_no_gradient(vectorize):
+    """One among others that do, and one alone."""
+    pair = Pair(nn.Linear(4, 6), nn.Linear(3, 4))
+    pair.register_parameter("unused", nn.Parameter(torch.ones(2, 3, dtype=F64)))
+    x, estimator = pixels(4, 4).double(), Elbo()
+    stats = gradient_moments(pair.model, pair.guide, estimator, x, draws=DRAWS, vectorize=vectorize)
+    assert stats.mean["unused"].tolist() == stats.variance["unused"].tolist() == [[0] * 3] * 2
+    assert stats.tr_cov_of["unused"] == 0 < stats.tr_cov()
+    pair.encoder.requires_grad_(False)
+    pair.decoder.requires_grad_(False)
+    alone = gradient_moments(pair.model, pair.guide, estimator, x, draws=DRAWS, vectorize=vectorize)
+    assert alone.mean.keys() == {"unused"}
+    assert alone.mean["unused"].tolist() == [[0] * 3] * 2
+    assert alone.tr_cov() == 0
+
+
 class Categories(PyroModule):
     """One of three classes per datum, the second almost certain: noise of a kind of its own."""
 

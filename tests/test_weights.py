@@ -18,7 +18,7 @@ def tally_of(log_weight: Tensor, chunk: int | None = None) -> Evidence:
     """The evidence of weights (K, N) that come a few at a time."""
     tally = Tally(torch.zeros(log_weight.shape[1], 1), len(log_weight))
     for part in log_weight.split(chunk or len(log_weight)):
-        tally.add(slice(None), part, torch.zeros_like(part))
+        tally.add(slice(None), part, 2 * part + 1)
     return tally.result()
 
 
@@ -101,6 +101,7 @@ def test_weights_without_a_tail():
     assert k_hat_of(1.1e-3 * line).isfinite()
     assert k_hat_of(torch.where(torch.arange(1000) < 95, 0.0, -1.0).double().unsqueeze(1)).isfinite()
     assert k_hat_of(rare).item() == math.inf
+    assert k_hat_of(torch.eye(1000, 1, dtype=F64)).item() == math.inf  # one that is larger than all others
     rare[4] = 3.0
     assert k_hat_of(rare).isfinite()
 
@@ -123,6 +124,7 @@ def test_a_tally_in_chunks_is_that_of_all_weights(chunk):
     torch.testing.assert_close(found.bound, log_weight.mean(0))
     torch.testing.assert_close(found.variance, log_weight.var(0))
     torch.testing.assert_close(found.error, w.std(0) / w.mean(0) / math.sqrt(1000))
+    torch.testing.assert_close(found.log_lik, 2 * log_weight.mean(0) + 1)
     torch.testing.assert_close(found.pareto_k, k_hat_of(log_weight))
 
 
@@ -178,7 +180,7 @@ def evidence(particles: int, effective: float, k: float = math.nan, variance: fl
         (evidence(1000, 500.0, k=0.68), False),
         (evidence(1000, 500.0, k=0.66), True),
         (evidence(10**5, 500.0, k=0.71), False),
-        (evidence(10**5, 500.0, k=0.69), True),
+        (evidence(10**5, 500.0, k=0.7), True),
     ],
 )
 def test_which_weights_are_reliable(found, reliable):
