@@ -191,8 +191,9 @@ class PerDrawGradients:
     def _many(self, draws: range) -> Callable[[str], Gradient]:
         """All these draws in one pass."""
         args = tuple(self._repeated(a, len(draws)) for a in self.args)
-        whole = self.layout.subsampling == 1 or isinstance(self.estimator, Estimator)
-        subsampling = 1.0 if whole else layout_of(self.model, self.guide, args, self.device).subsampling
+        subsampling = self.layout.subsampling
+        if subsampling != 1:  # of a plate of one size, the repeated batch is a larger part
+            subsampling = layout_of(self.model, self.guide, args, self.device).subsampling
         seeds = [_mixed(self.seed, draw) for draw in draws]
         with seeded(0, self.device):
             before = _random_state(self.device)

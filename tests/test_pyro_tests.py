@@ -87,6 +87,15 @@ def test_passes():
 def test_takes_it_from_another_module():
     assert FromItsModule().loss(model, AutoNormal(model)) > 0
 
+def test_takes_gradients_in_its_guide():
+    def guide():
+        pyro.param("loc", torch.tensor(0.0))
+        x = torch.tensor(0.0, requires_grad=True)
+        (slope,) = torch.autograd.grad((x - 1) ** 2, [x], create_graph=True)
+        pyro.sample("z", dist.Normal(slope.detach(), 1.0))
+
+    Trace_ELBO().loss_and_grads(model, guide)
+
 def test_is_refused():
     Trace_ELBO().loss(model, AutoDelta(model))
 
@@ -117,6 +126,7 @@ def test_the_command_says_of_each_test_what_became_of_it(tmp_path):
     assert {name.split("::test_")[1]: outcome.kind for name, outcome in outcomes.items()} == {
         "passes": "passed",
         "takes_it_from_another_module": "passed",
+        "takes_gradients_in_its_guide": "passed",
         "is_refused": "refused",
         "is_refused_in_other_words": "refused",
         "asks_nothing_of_a_stand_in": "not ours",
@@ -124,7 +134,7 @@ def test_the_command_says_of_each_test_what_became_of_it(tmp_path):
         "fails_in_its_own_program": "failed",
     }
     lines = pyro_tests.report(outcomes)
-    assert lines[1].split() == ["test_small.py", "2", "2", "0", "2"]
+    assert lines[1].split() == ["test_small.py", "3", "2", "0", "2"]
     assert lines[2].startswith("refused: 2 x expected a guide with a density for Elbo: use the estimator")
     assert "failed: test_small.py::test_fails: a wrong number" in lines
 
