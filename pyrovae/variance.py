@@ -202,10 +202,10 @@ def gradient_moments(
     """The mean and the variance of a gradient estimator, at these parameters and for this batch.
 
     The gradient is that of the bound per datum: the bound on the log-density of all data, as Pyro's ELBOs
-    scale it, over their number. The data are the cells of the plates that each site in any plate is in. A
-    subsampled plate counts at its full size in both, so that subsampling leaves the mean as it is. A site
-    outside the plates counts once among all data, not once a datum. Without a plate there is a single datum.
-    Where a plate draws a subsample in each call, its choice is a part of the noise.
+    scale it, divided by the number of data. A datum is one cell of the plates that all sites in plates share.
+    A subsampled plate counts at its full size in both, so that subsampling does not change the mean. A site
+    outside the plates counts once for all data, not once for each datum. Where no plate is shared, all data
+    are a single datum. Where a plate draws a subsample in each call, this choice is a part of the noise.
 
     A draw's noise depends on the seed and the draw's number alone: not on how many draws are taken in
     one pass, and estimators that ask for the same noise share it. Modules are put into evaluation
