@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from pyrovae.schemas import Row, check, refused
+from pyrovae.sizes import check_fits
 from pyrovae.whole_files import replacing
 
 FORMAT = "pyrovae checkpoint 1"
@@ -76,12 +78,58 @@ def load_checkpoint(path: Path, device: torch.device | str, contents: bytes | No
     with explained(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's doubts about a foreign pickle, which it then refuses
         with open(path, "rb") if contents is None else io.BytesIO(contents) as file:
+            size = file.seek(0, os.SEEK_END)
+            _check_size(path, file, size)
             _verify(file)
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
+            _check_tensors(state, size)
         if state["format"] != FORMAT:
             raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
     return state
+
+
+def _check_size(path: Path, file: BinaryIO, size: int) -> None:
+    """Checks that all parts are in the file, and that they fit into memory.
+
+    Raises:
+        ValueError: The parts declare more bytes than there are in the file.
+        CheckpointError: They do not fit into memory.
+    """
+    with zipfile.ZipFile(file) as parts:
+        declared = sum(max(part.file_size, part.compress_size) for part in parts.infolist())
+    if declared > size:
+        raise ValueError(f"parts that declare {declared:,} bytes, in a file of {size:,}")
+    try:
+        check_fits(path, declared, f"parts of {declared:,} bytes")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _check_tensors(state: Any, size: int) -> None:
+    """Checks that tensors have no more numbers than the file has.
+
+    Steps of zero from number to number let a tensor declare any size, which it then takes when it is copied.
+
+    Raises:
+        ValueError: They have more.
+    """
+    left, seen, storages = [state], set(), {}
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+        elif isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = max(storage.nbytes(), value.nbytes)
+    declared = sum(storages.values())
+    if declared > size:
+        raise ValueError(f"tensors that declare {declared:,} bytes, in a file of {size:,}")
 
 
 def _verify(file: BinaryIO) -> None:

@@ -24,13 +24,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyrovae.files import ArrayFile, FilePixels
+from pyrovae.files import CHUNK, ArrayFile, FilePixels
 from pyrovae.folders import DataWarning, Folder
 from pyrovae.inputs import check_label_types, check_pixels, range_fault
+from pyrovae.sizes import MAGIC, Declared, check_fits, declared_arrays
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
 IN_MEMORY = 2**30  # bytes as float32 up to which a .npy is read into memory, which is faster
+PER_IMAGE = 64  # bytes for each image's label, and for its place in the orders of the splits
 LEAST_GREY = 32  # a largest grey level below this is not one of 255
 
 
@@ -327,9 +329,9 @@ def read_source(name: str, data_dir: Path, image_size: int | None) -> Source:
 
 
 def _read_torchvision(name: str, data_dir: Path) -> Source:
-    import torchvision.datasets
+    from torchvision.datasets import mnist
 
-    family = getattr(torchvision.datasets, name)
+    family = getattr(mnist, name)
     raw = data_dir / name / "raw"
     files = [Path(file).stem for file, _ in family.resources]
     if not all((raw / file).exists() for file in files):
@@ -343,16 +345,22 @@ def _read_torchvision(name: str, data_dir: Path) -> Source:
                 f"could not download {name} ({_reason(error, line=-1)}): put {', '.join(files)} into {raw}, "
                 "or use the bundled dataset digits"
             ) from None
+    stored = sum((raw / file).stat().st_size for file in files)  # a byte for each pixel and each label
+    check_fits(raw, 8 * stored, f"files of {stored:,} bytes")
     try:
-        train, test = (family(str(data_dir), train=train) for train in (True, False))
-        for split in (train, test):
-            if len(split.data) != len(split.targets):
-                raise ValueError(f"{len(split.data)} images, {len(split.targets)} labels")
+        # Not by `family`, which prefers what an old torchvision may have left in another folder.
+        train, test = (
+            (mnist.read_image_file(str(raw / images)), mnist.read_label_file(str(raw / labels)))
+            for images, labels in (files[:2], files[2:])
+        )
+        for pixels, labels in (train, test):
+            if len(pixels) != len(labels):
+                raise ValueError(f"{len(pixels)} images, {len(labels)} labels")
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise ValueError(
             f"{raw} holds damaged files ({_reason(error)}): delete them to download again"
         ) from None
-    return Source(*(Images(s.data.unsqueeze(1) / 255, s.targets) for s in (train, test)), levels=256)
+    return Source(*(Images(x.unsqueeze(1) / 255, labels) for x, labels in (train, test)), levels=256)
 
 
 def _reason(error: Exception, line: int = 0) -> str:
@@ -360,6 +368,7 @@ def _reason(error: Exception, line: int = 0) -> str:
     return str(error).strip().splitlines()[line] if str(error).strip() else type(error).__name__
 
 
+_ALONE = ": save its images alone as a .npy, which is read from the file batch by batch"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what numpy lets through from below
 
 
@@ -368,28 +377,19 @@ def read_arrays(path: Path) -> Source:
 
     Those of a `.npy` stay in the file.
     """
-    try:
-        with open(path, "rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                arrays = {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
-            else:
-                file.seek(0)
-                arrays = dict(np.load(file, allow_pickle=False))
-    except MemoryError as error:
-        raise ValueError(
-            f"expected {path} to fit into memory, got: {_reason(error)}: save its images alone as a .npy, "
-            "which is read from the file batch by batch"
-        ) from None
-    except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
-        raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
-    known = {"images", "labels", "test_images", "test_labels"}
-    if "images" not in arrays or not arrays.keys() <= known:
-        raise ValueError(
-            f"expected {path} to hold 'images' and perhaps {', '.join(sorted(known - {'images'}))}, "
-            f"got {', '.join(sorted(arrays)) or 'nothing'}"
-        )
-    if "test_labels" in arrays and "test_images" not in arrays:
-        raise ValueError(f"expected 'test_images' with the 'test_labels' in {path}, got none")
+    with _plain_arrays(path), open(path, "rb") as file:
+        alone = file.read(len(MAGIC)) == MAGIC
+        file.seek(0)
+        declared = {"images": Declared.of(file)} if alone else declared_arrays(file)
+    _check_names(path, declared)
+    stays = alone and not declared["images"].fortran
+    of_all = f"{sum(one.nbytes for one in declared.values()):,} bytes of declared arrays"
+    check_fits(path, _needed_in_file(declared["images"]) if stays else _needed(declared), of_all, _ALONE)
+    with _plain_arrays(path), open(path, "rb") as file:
+        if alone:
+            arrays = {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+        else:
+            arrays = dict(np.load(file, allow_pickle=False))
     if isinstance(arrays["images"], np.memmap):
         return Source(_images_of_file(path, arrays["images"]), None, levels=256)
     if arrays["images"].dtype == np.uint8:
@@ -401,6 +401,55 @@ def read_arrays(path: Path) -> Source:
         if test.shape != train.shape:
             raise ValueError(f"expected one image shape in {path}, got {train.shape} and test {test.shape}")
     return Source(train, test, levels=256)
+
+
+@contextlib.contextmanager
+def _plain_arrays(path: Path) -> Iterator[None]:
+    """Whatever a damaged file of arrays makes numpy raise, as one line."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(f"expected {path} to fit into memory, got: {_reason(error)}{_ALONE}") from None
+    except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
+        raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
+
+
+def _check_names(path: Path, arrays: Iterable[str]) -> None:
+    """Checks that a `.npz` has the arrays that it should have, and no others."""
+    known, found = {"images", "labels", "test_images", "test_labels"}, set(arrays)
+    if "images" not in found or not found <= known:
+        raise ValueError(
+            f"expected {path} to hold 'images' and perhaps {', '.join(sorted(known - {'images'}))}, "
+            f"got {', '.join(sorted(found)) or 'nothing'}"
+        )
+    if "test_labels" in found and "test_images" not in found:
+        raise ValueError(f"expected 'test_images' with the 'test_labels' in {path}, got none")
+
+
+def _needed(declared: dict[str, Declared]) -> int:
+    """Bytes that are allocated at the same time for arrays in memory.
+
+    First there are the arrays as they are stored with their pixels as float32, then these pixels and the copies
+    of them in the splits.
+    """
+    images = [one for name, one in declared.items() if name.endswith("images")]
+    pixels = 4 * sum(one.numbers for one in images)
+    stored = sum(one.nbytes for one in declared.values()) + sum(
+        4 * one.numbers * _copies(one) for one in images
+    )
+    return max(stored, 2 * pixels) + PER_IMAGE * sum(one.shape[0] for one in images if one.shape)
+
+
+def _copies(images: Declared) -> int:
+    """How often pixels are in memory as float32, beside the stored array, while it is converted."""
+    channels_last = len(images.shape) == 4 and images.shape[-1] > 1
+    return channels_last + (images.dtype == np.uint8) if images.dtype in (np.uint8, np.float32) else 1
+
+
+def _needed_in_file(images: Declared) -> int:
+    """Bytes that are allocated at the same time for images that stay in their file, or are few."""
+    pixels, count = 4 * images.numbers, images.shape[0] if images.shape else 0
+    return PER_IMAGE * count + (pixels if pixels <= IN_MEMORY else 4 * CHUNK + 2 * pixels // max(1, count))
 
 
 def _images_from_array(path: Path, array: np.ndarray, labels: np.ndarray | None) -> Images:

@@ -5,6 +5,7 @@ Links are followed. A picture is turned as its EXIF orientation says, and a tran
 
 import os
 import struct
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,8 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pyrovae.sizes import check_fits
+
 WHITE = 255  # the background of transparent pictures
+DECODED = 16  # bytes for each pixel of an image while it is decoded and converted
 LAYERED = "PSD"  # a format whose further pictures are layers of the first
+
+# What Pillow raises for a damaged file.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error)
 
 
 class DataWarning(UserWarning):
@@ -80,7 +87,8 @@ class Folder:
             image_size: The side to which images are resized and cropped; None to keep them.
 
         Raises:
-            ValueError: There are no images, they differ in size, or one cannot be read.
+            ValueError: There are no images, they differ in size, one cannot be read or declares more pixels
+                than Pillow allows, or they do not fit into memory.
         """
         remarks = Remarks()
         try:
@@ -90,7 +98,10 @@ class Folder:
         if not files:
             found = f": {remarks}" if str(remarks) else ""
             raise ValueError(f"expected image files, such as .png or .jpg, in {path}, got none{found}")
-        arrays = [_read_image(file, image_size, remarks) for file in files]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", _limit())
+            _check_fits(path, files, image_size)
+            arrays = [_read_image(file, image_size, remarks) for file in files]
         if max(array.ndim for array in arrays) == 3:
             arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=-1) for a in arrays]
         for file, array in zip(files, arrays, strict=True):
@@ -155,6 +166,37 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, kind in suffixes.items() if readable(kind)}
 
 
+def _limit() -> type[Warning]:
+    """How Pillow warns of more than `Image.MAX_IMAGE_PIXELS`; of more than twice as many it raises an error."""
+    from PIL import Image
+
+    return Image.DecompressionBombWarning
+
+
+def _check_fits(path: Path, files: list[Path], image_size: int | None) -> None:
+    """Checks that there is memory for all images, by the sizes in their headers.
+
+    As many bytes as there are numbers are allocated for the images, and four times as many for pixels as
+    float32: with channels first if they are coloured, and once more in the splits.
+    """
+    from PIL import Image
+
+    sizes, coloured = [], False
+    for file in files:
+        try:
+            with open(file, "rb") as stream, Image.open(stream) as opened:
+                sizes.append(opened.width * opened.height)
+                coloured |= _mode(opened) == "RGB"
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
+        except _DAMAGED:
+            sizes.append(0)  # which is explained when it is read
+    kept = sum(sizes) if image_size is None else len(files) * image_size**2
+    needed = kept * (3 * 9 if coloured else 8) + DECODED * max(sizes)
+    remedy = "" if image_size is None else ": lower the image size"
+    check_fits(path, needed, f"{len(files):,} images that declare {kept:,} pixels", remedy)
+
+
 def _read_image(file: Path, image_size: int | None, remarks: Remarks) -> np.ndarray:
     """(H, W) for a grey image and (H, W, 3) for a colour one, uint8."""
     from PIL import Image, ImageOps
@@ -169,9 +211,9 @@ def _read_image(file: Path, image_size: int | None, remarks: Remarks) -> np.ndar
             image = _opaque(ImageOps.exif_transpose(opened), remarks)
         if image_size is not None:
             image = ImageOps.fit(image, (image_size, image_size))
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error) as error:
+    except _DAMAGED as error:
         raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
     array = np.asarray(image)
     if array.max() == 1:
@@ -179,11 +221,16 @@ def _read_image(file: Path, image_size: int | None, remarks: Remarks) -> np.ndar
     return array
 
 
+def _mode(image) -> str:
+    """The mode that a picture is converted to: grey or coloured."""
+    return "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+
+
 def _opaque(image, remarks: Remarks):
     """A picture in grey or in colour, as it looks on white."""
     from PIL import Image
 
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    mode = _mode(image)
     if not (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
         return image.convert(mode)
     alpha = image.convert("RGBA").getchannel("A")
