@@ -417,7 +417,8 @@ class _Bench:
 
     def __post_init__(self):
         self.parameters, _ = parameters_of(self.model, self.guide, self.x)
-        self.nesting = layout_of(self.model, self.guide, (self.x,), self.x.device).depth
+        layout = layout_of(self.model, self.guide, (self.x,), self.x.device)
+        self.nesting, self.batch_size = layout.depth, layout.batch_size
         self.reparameterized = self._applies(Elbo())
         self.enumerable = not self.reparameterized and self._applies(Enumerate())
 
@@ -441,7 +442,7 @@ class _Bench:
         device = self.x.device
         dtype = next(iter(self.parameters.values())).dtype
         return {
-            "batch_size": len(self.x),
+            "batch_size": self.batch_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "dtype": str(dtype).removeprefix("torch."),

@@ -269,6 +269,7 @@ def test_estimators_are_compared_whatever_the_plates(kind):
     found = compare(pair.model, pair.guide, pair.x, ("elbo", "iwae", "stl"), particles=(2,), draws=16)
     assert [row.estimator for row in found.rows] == ["elbo", "iwae", "stl"]
     assert {row.evaluations for row in found.rows} == {2}
+    assert found.settings["batch_size"] == (4 if kind in ("given rows", "within", "outside") else 1)
     elbo = Elbo(num_particles=2, max_plate_nesting=2)
     stats = gradient_moments(pair.model, pair.guide, elbo, pair.x, draws=16)
     assert found.rows[0].tr_cov == pytest.approx(stats.tr_cov())
