@@ -37,10 +37,11 @@ from pyrovae.evidence import (
     naive,
     seeded,
 )
+from pyrovae.inputs import check_count
 from pyrovae.pareto import FEWEST_WEIGHTS, threshold
 from pyrovae.run_directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs import load
-from pyrovae.schemas import Examined, OfRun, check, converted, refused
+from pyrovae.schemas import Best, Examined, OfRun, State, check, converted, refused
 from pyrovae.vae import VAE
 from pyrovae.versions import recorded
 from pyrovae.weights import Evidence
@@ -248,12 +249,10 @@ class Examination:
 
     def __post_init__(self):
         for name in ("particles", "ais_steps", "ais_chains", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"expected {name} >= 1, got {value}")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for name in ("ais", "bidirectional"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), least=0)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
 
@@ -394,8 +393,8 @@ def _without_constant(vae: VAE, elbo: float, pixels: int) -> float | None:
 
 def _epoch(run: Path, which: str) -> int:
     if which == "best":
-        return load_checkpoint(run / "best.pt", "cpu")["epoch"]
-    return load_checkpoint(run / "checkpoint.pt", "cpu")["progress"]["epoch"]
+        return load_checkpoint(run / "best.pt", "cpu", holds=Best)["epoch"]
+    return load_checkpoint(run / "checkpoint.pt", "cpu", holds=State)["progress"]["epoch"]
 
 
 def _warnings(vae: VAE, found: Assessment) -> list[str]:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import random
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from pyrovae.schemas import Row, check, refused
+from pyrovae.schemas import Row, Saved, check, refused
 from pyrovae.sizes import check_fits
 from pyrovae.whole_files import replacing
 
@@ -62,13 +61,16 @@ def read_history(directory: Path, epochs: int) -> list[Row]:
     return rows
 
 
-def load_checkpoint(path: Path, device: torch.device | str, contents: bytes | None = None) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, device: torch.device | str, contents: bytes | None = None, *, holds: Any = Saved
+) -> dict[str, Any]:
     """The contents of a checkpoint, which are plain types and tensors only: nothing in it is executed.
 
     Args:
         path: The file.
         device: Where its tensors go.
         contents: What is in the file, which then need not be at hand.
+        holds: What is to be in it, a type of `schemas`.
 
     Raises:
         CheckpointError: No such file, a damaged one, or one of another program.
@@ -84,8 +86,11 @@ def load_checkpoint(path: Path, device: torch.device | str, contents: bytes | No
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
             _check_tensors(state, size)
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
+        check(state, Saved)
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"expected a {FORMAT!r} at {path}, got {state['format']!r}")
+    with explained(path):
+        check(state, holds)
     return state
 
 
@@ -149,38 +154,9 @@ def _verify(file: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Whatever a damaged or foreign file makes torch raise, as one line."""
-    try:
+    """Turns whatever a damaged or foreign file makes torch raise into one line."""
+    with refused(CheckpointError, f"an undamaged checkpoint of this run at {path}"):
         yield
-    except CheckpointError:
-        raise
-    except _RAISED_BY_DAMAGE as error:
-        if "out of memory" in str(error):
-            raise
-        reason = _first_line(error)
-    except pickle.UnpicklingError:
-        reason = "contents that only an unsafe load would read"
-    else:
-        return
-    raise CheckpointError(f"expected an undamaged checkpoint of this run at {path}, got: {reason}")
-
-
-_RAISED_BY_DAMAGE = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    OSError,
-    zipfile.BadZipFile,
-)
-
-
-def _first_line(error: Exception) -> str:
-    """The kind of an error and the line that says something; torch's list of wrong weights has a head."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    return f"{type(error).__name__} {lines[1] if lines[0].endswith(':') and lines[1:] else lines[0]}".strip()
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

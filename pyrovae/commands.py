@@ -42,6 +42,7 @@ from pyrovae.training import DivergedError, Fit, describe
 from pyrovae.whole_files import save_figure, write_atomically
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
+_NO_MEMORY = "out of memory|allocate memory|calculation overflowed"  # of sizes in bytes
 _OURS = CaptureWarning, DataWarning, LockWarning, TrustWarning
 
 
@@ -104,7 +105,7 @@ def _one_line_errors() -> Iterator[None]:
     except (DivergedError, OSError) as error:
         _fail(str(error), EXIT_FAILED)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(_NO_MEMORY, str(error)):
             raise
         _fail(f"out of memory ({error}){_less_memory()}", EXIT_FAILED)
 
@@ -758,7 +759,9 @@ sample_command = _picture_command(
     "sample",
     click.Option(["-n"], default=100, metavar="N", show_default=True, help="How many."),
     _DIGIT,
-    click.Option(["--seed", "-s"], type=click.IntRange(0), default=0, show_default=True, help="Of the draws."),
+    click.Option(
+        ["--seed", "-s"], type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the draws."
+    ),
 )
 interpolate_command = _picture_command(
     "interpolate",

@@ -273,9 +273,10 @@ class Config:
         if self.limit is not None and min(n for n in self.limit if n is not None) < 1:
             counts = "/".join(str(n) for n in self.limit if n is not None)
             raise ValueError(f"expected limit of at least 1 image, got {counts}")
-        for name in ("hidden", "channels", "figure_epochs"):
+        for name in ("limit", "hidden", "channels", "figure_epochs"):
             for number in getattr(self, name) or ():
-                check_count(name, number)
+                if number is not None:
+                    check_count(name, number)
         check_count("kl_warmup", self.kl_warmup, least=0)
         for name, least in (("beta", 0), ("lr", 0), ("refine_lr", 0), ("df", 2)):
             if getattr(self, name) is not None:

@@ -9,9 +9,7 @@ they are, their order and their pixels are the same as in memory.
 
 import contextlib
 import os
-import tokenize
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +25,7 @@ from torch import Tensor
 from pyrovae.files import CHUNK, ArrayFile, FilePixels
 from pyrovae.folders import DataWarning, Folder
 from pyrovae.inputs import check_label_types, check_pixels, range_fault
+from pyrovae.schemas import RAISED_BY_DAMAGE
 from pyrovae.sizes import MAGIC, Declared, check_fits, declared_arrays
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
@@ -356,7 +355,7 @@ def _read_torchvision(name: str, data_dir: Path) -> Source:
         for pixels, labels in (train, test):
             if len(pixels) != len(labels):
                 raise ValueError(f"{len(pixels)} images, {len(labels)} labels")
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except RAISED_BY_DAMAGE as error:
         raise ValueError(
             f"{raw} holds damaged files ({_reason(error)}): delete them to download again"
         ) from None
@@ -369,7 +368,6 @@ def _reason(error: Exception, line: int = 0) -> str:
 
 
 _ALONE = ": save its images alone as a .npy, which is read from the file batch by batch"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError)  # what numpy lets through from below
 
 
 def read_arrays(path: Path) -> Source:
@@ -410,7 +408,7 @@ def _plain_arrays(path: Path) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise ValueError(f"expected {path} to fit into memory, got: {_reason(error)}{_ALONE}") from None
-    except (ValueError, OSError, EOFError, RuntimeError, *_DAMAGED) as error:
+    except RAISED_BY_DAMAGE as error:
         raise ValueError(f"expected {path} to hold plain numeric arrays, got: {_reason(error)}") from None
 
 

@@ -4,7 +4,6 @@ Links are followed. A picture is turned as its EXIF orientation says, and a tran
 """
 
 import os
-import struct
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pyrovae.schemas import RAISED_BY_DAMAGE
 from pyrovae.sizes import check_fits
 
 WHITE = 255  # the background of transparent pictures
 DECODED = 16  # bytes for each pixel of an image while it is decoded and converted
 LAYERED = "PSD"  # a format whose further pictures are layers of the first
-
-# What Pillow raises for a damaged file.
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error)
 
 
 class DataWarning(UserWarning):
@@ -189,7 +186,7 @@ def _check_fits(path: Path, files: list[Path], image_size: int | None) -> None:
                 coloured |= _mode(opened) == "RGB"
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
-        except _DAMAGED:
+        except RAISED_BY_DAMAGE:
             sizes.append(0)  # which is explained when it is read
     kept = sum(sizes) if image_size is None else len(files) * image_size**2
     needed = kept * (3 * 9 if coloured else 8) + DECODED * max(sizes)
@@ -211,7 +208,7 @@ def _read_image(file: Path, image_size: int | None, remarks: Remarks) -> np.ndar
             image = _opaque(ImageOps.exif_transpose(opened), remarks)
         if image_size is not None:
             image = ImageOps.fit(image, (image_size, image_size))
-    except _DAMAGED as error:
+    except RAISED_BY_DAMAGE as error:
         raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"expected an image in {file}, got: {_reason(error)}") from None

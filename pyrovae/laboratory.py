@@ -22,10 +22,11 @@ from pyrovae.comparison import USUAL, Comparison, compare
 from pyrovae.config import COMPILE, LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.evaluation import seeded
+from pyrovae.inputs import check_count
 from pyrovae.intervals import Slope
 from pyrovae.run_directories import RunError, new_directory, read_config
 from pyrovae.runs import load
-from pyrovae.schemas import OfModel, check, refused
+from pyrovae.schemas import Best, OfModel, check, refused
 from pyrovae.testbed import LinearGaussian
 from pyrovae.training import fit
 from pyrovae.vae import VAE
@@ -68,14 +69,13 @@ class Measurement:
     def __post_init__(self):
         least = {"draws": 16, "batch_size": 1, "batches": 0}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"expected {name} >= {value}, got {getattr(self, name)}")
+            check_count(name, getattr(self, name), value)
         if not self.particles or min(self.particles) < 1:
             raise ValueError(f"expected particles of at least 1, got {','.join(map(str, self.particles))}")
+        check_count("particles", max(self.particles))
         if self.compile not in COMPILE:
             raise ValueError(f"expected compile in {', '.join(COMPILE)}, got {self.compile!r}")
-        if self.seed < 0:
-            raise ValueError(f"expected seed >= 0, got {self.seed}")
+        check_count("seed", self.seed, least=0)
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
         """At the VAE's parameters, on the first validation images; settings go into the record."""
@@ -107,7 +107,7 @@ class Measurement:
         """
         config = config or read_config(Path(run))[0]
         vae = load(run, device=config.device(), trust=trust)
-        epoch = load_checkpoint(Path(run) / "best.pt", "cpu")["epoch"]
+        epoch = load_checkpoint(Path(run) / "best.pt", "cpu", holds=Best)["epoch"]
         return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
 
     def of_config(self, config: Config) -> Comparison:
@@ -124,6 +124,7 @@ class Measurement:
         """
         if min(epochs) < 0:
             raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
+        check_count("at", max(epochs), least=0)
         dataset = config.make_dataset()
         config = config.resolved(dataset.levels)
         vae = config.make_vae_for(dataset).to(config.device())

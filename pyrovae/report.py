@@ -26,7 +26,7 @@ from pyrovae.config import Config, flag, spelled
 from pyrovae.data import DATASETS
 from pyrovae.parts import TrustError, TrustWarning, is_foreign
 from pyrovae.run_directories import read_settings
-from pyrovae.schemas import Row
+from pyrovae.schemas import Best, Row
 from pyrovae.texts import printable
 from pyrovae.vae import VAE
 from pyrovae.whole_files import write_atomically
@@ -193,7 +193,7 @@ def _read(run: Path, data_dir: str | Path | None, device: str, trust: bool) -> S
     except TrustError as error:
         untold = f"no reconstructions, samples and latent space, which take {error.found}"
         warnings.warn(f"{run}: {untold}", TrustWarning, stacklevel=3)
-    epoch = load_checkpoint(run / "best.pt", "cpu")["epoch"]
+    epoch = load_checkpoint(run / "best.pt", "cpu", holds=Best)["epoch"]
     best = next((row for row in history if row["epoch"] == epoch), None)
     if best is None:
         raise runs.RunError(f"expected the metrics of epoch {epoch} in {run / 'metrics.jsonl'}, got none")

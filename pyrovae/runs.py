@@ -35,6 +35,7 @@ from pyrovae.run_directories import (
     record,
     same_data,
 )
+from pyrovae.schemas import Best, State
 from pyrovae.signals import DeferredSignals
 from pyrovae.training import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
@@ -163,7 +164,9 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) 
         trained = not is_new(directory, LEFT)
         if trained:
             # Damaged files must not cost the run its settings: they are read before those are written.
-            state = load_checkpoint(directory / "checkpoint.pt", device)
+            if (directory / "best.pt").exists():
+                _load_best(directory, vae)
+            state = load_checkpoint(directory / "checkpoint.pt", device, holds=State)
             with explained(directory / "checkpoint.pt"):
                 vae.load_state_dict(state["model"])
                 done = state["progress"]["epoch"]
@@ -208,7 +211,7 @@ def load(
         raise RunError(
             f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
         )
-    state = load_checkpoint(path, device)
+    state = load_checkpoint(path, device, holds=Best if which == "best" else State)
     admit(directory, config, trust=trust)
     with explained(path):
         vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
@@ -282,7 +285,7 @@ def _prepare(directory: Path) -> None:
 
 def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
     """Draws the figures that a finished run lacks, of its best parameters and validation images, never test."""
-    vae.load_state_dict(load_checkpoint(directory / "best.pt", vae.zeros.device)["model"])
+    _load_best(directory, vae)
     images = dataset.validation
     first = images[:PICTURED]
 
@@ -313,13 +316,19 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
             save_figure(draw(), directory / "figures" / f"{name}.png")
 
 
+def _load_best(directory: Path, vae: VAE) -> None:
+    state = load_checkpoint(directory / "best.pt", vae.zeros.device, holds=Best)
+    with explained(directory / "best.pt"):
+        vae.load_state_dict(state["model"])
+
+
 def is_complete(directory: Path) -> bool:
     """Whether a run has finished, and has its figures.
 
     Raises:
         CheckpointError: It has no checkpoint, or a damaged one.
     """
-    progress = load_checkpoint(directory / "checkpoint.pt", "cpu")["progress"]
+    progress = load_checkpoint(directory / "checkpoint.pt", "cpu", holds=State)["progress"]
     return bool(progress["finished"]) and _is_drawn(directory, LAST_FIGURE)
 
 

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pickle import UnpicklingError
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,7 @@ from pyrovae.inputs import MOST
 
 Count = Annotated[int, Meta(ge=0, le=MOST)]
 Positive = Annotated[int, Meta(ge=1, le=MOST)]
+Nats = Annotated[float, Meta(ge=-1e200, le=1e200)]  # finite, and with room for the arithmetic of axes
 _Word = Annotated[int, Meta(ge=0, lt=2**32)]
 _Place = Annotated[int, Meta(ge=0, le=624)]  # in the numbers of the generator, which numpy does not check
 T = TypeVar("T")
@@ -78,22 +79,22 @@ class Settings(_Settings, total=False):
 
 class _Row(TypedDict):
     epoch: Positive
-    elbo: float | None
-    reconstruction: float
-    kl: float | None
-    loss_without_constant: float | None
-    beta: float
-    validation_elbo: float | None
-    validation_reconstruction: float
-    validation_kl: float | None
+    elbo: Nats | None
+    reconstruction: Nats
+    kl: Nats | None
+    loss_without_constant: Nats | None
+    beta: Nats
+    validation_elbo: Nats | None
+    validation_reconstruction: Nats
+    validation_kl: Nats | None
     seconds: float
 
 
 class Row(_Row, total=False):
     """A line of metrics.jsonl, in nats per image; those of the earliest version lack the bounds."""
 
-    bound: float
-    validation_bound: float
+    bound: Nats
+    validation_bound: Nats
 
 
 class Recipe(TypedDict, total=False):
@@ -170,7 +171,7 @@ class Best(Saved):
     """A run's best.pt."""
 
     epoch: Positive
-    model: dict[str, Tensor]
+    model: dict[str, Any]
 
 
 class Position(TypedDict):
@@ -181,7 +182,7 @@ class Position(TypedDict):
     best: float | None
     best_epoch: Count
     stale: Count
-    finished: str
+    finished: Literal["", "epochs", "patience"]
 
 
 class _Moments(TypedDict):
@@ -216,7 +217,7 @@ class Process(TypedDict):
 
 
 class _State(Process, Saved):
-    model: dict[str, Tensor]
+    model: dict[str, Any]
     optimizer: Adam
     progress: Position
     estimator: dict[str, Any]  # which the estimator checks
@@ -271,7 +272,8 @@ def refused(kind: type[ValueError], expected: str, remedy: str = "") -> Iterator
     try:
         yield
     except RAISED_BY_DAMAGE as error:
-        if "out of memory" in str(error):
+        explained = kind is not ValueError and isinstance(error, kind)
+        if explained or "out of memory" in str(error):
             raise
         raise kind(f"expected {expected}, got: {reason(error)}{remedy}") from None
 

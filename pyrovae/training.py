@@ -43,7 +43,8 @@ from pyrovae.data import Images
 from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation import Evaluation, evaluate, without_constant
 from pyrovae.graphs import CaptureWarning, Replay, Step, flushed_denormals
-from pyrovae.schemas import Row
+from pyrovae.optimizers import load_adam
+from pyrovae.schemas import Row, State
 from pyrovae.signals import DeferredSignals
 from pyrovae.vae import VAE
 from pyrovae.whole_files import append_line, write_atomically, write_errors
@@ -72,6 +73,17 @@ class Progress:
     best_epoch: int = 0
     stale: int = 0
     finished: str = ""
+
+    def check(self, batches: int) -> None:
+        """Checks that training can stand here, with these many batches in an epoch.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        if self.batch >= batches:
+            raise ValueError(f"{self.batch} batches done of an epoch of {batches}")
+        if not (self.best_epoch <= self.epoch and (self.best is None) == (self.best_epoch == 0)):
+            raise ValueError(f"epoch {self.best_epoch} as the best of {self.epoch}, with {self.best}")
 
 
 @dataclass
@@ -545,10 +557,9 @@ class _Trainer:
         state = self._read(path)
         with explained(path):
             self.vae.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["capturable"] = self.device.type == "cuda"  # wherever the checkpoint was made
+            load_adam(self.optimizer, state["optimizer"])
             self.progress = Progress(**state["progress"])
+            self.progress.check(self.batches)
             self.estimator.load_state_dict(state["estimator"])
             self._restore_own([state, *state.get("others", [])])
         self.history = distributed.from_first(lambda: read_history(self.directory, self.progress.epoch))
@@ -558,9 +569,9 @@ class _Trainer:
     def _read(self, path: Path) -> dict[str, Any]:
         """A checkpoint that the first process alone may have at hand."""
         if distributed.world() == 1:
-            return load_checkpoint(path, self.device)
-        distributed.from_first(lambda: load_checkpoint(path, "cpu") and None)
-        return load_checkpoint(path, self.device, distributed.from_first(path.read_bytes))
+            return load_checkpoint(path, self.device, holds=State)
+        distributed.from_first(lambda: load_checkpoint(path, "cpu", holds=State) and None)
+        return load_checkpoint(path, self.device, distributed.from_first(path.read_bytes), holds=State)
 
     def _restore_own(self, saved: list[dict[str, Any]]) -> None:
         """The sums and the random state of this process, from those of the processes that there were."""

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 
 from pyrovae import assessment, laboratory, runs, sweep
 from pyrovae.assessment import Examination
 from pyrovae.checkpoints import CheckpointError, read_metrics
+from pyrovae.cli import main
 from pyrovae.config import Config
 from pyrovae.laboratory import Measurement
 
@@ -157,3 +160,96 @@ def test_a_sweep_whose_cells_are_none_is_one_line(tmp_path):
     message = said(lambda: sweep.Sweep(tmp_path / "sweep", recipe))
     path = tmp_path / "sweep" / "sweep.json"
     assert message == f"expected the cells of a sweep in {path}, got: expected object, got int at cells[0]"
+
+
+def rewritten(path: Path, change) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("checkpoint.pt", lambda s: s.pop("optimizer"), "object missing required field optimizer"),
+        ("checkpoint.pt", lambda s: s["progress"].update(batch="1"), "expected int, got str at progress.batch"),
+        ("checkpoint.pt", lambda s: s["progress"].update(batch=99), "99 batches done of an epoch of 1"),
+        ("checkpoint.pt", lambda s: s["progress"].update(best=None), "as the best of 2, with None"),
+        ("checkpoint.pt", lambda s: s.update(sums=[0, 0, 0]), "expected Tensor, got list at sums"),
+        (
+            "checkpoint.pt",
+            lambda s: s["random"]["numpy"].__setitem__(2, 10**6),
+            "expected int <= 624 at random",
+        ),
+        (
+            "checkpoint.pt",
+            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+            "exp_avg of shape (3,), not (2, 2)",
+        ),
+        (
+            "checkpoint.pt",
+            lambda s: s["optimizer"]["state"].update({99: s["optimizer"]["state"][0]}),
+            "parameter 99",
+        ),
+        ("best.pt", lambda s: s.pop("epoch"), "object missing required field epoch"),
+        ("best.pt", lambda s: s.update(epoch=-1), "expected int >= 1 at epoch"),
+        ("best.pt", lambda s: s.update(model=3), "expected object, got int at model"),
+    ],
+    ids=[
+        "missing",
+        "text",
+        "batch",
+        "best",
+        "list",
+        "position",
+        "moments",
+        "parameter",
+        "epoch",
+        "negative",
+        "model",
+    ],
+)
+def test_other_contents_of_a_checkpoint_are_found_before_training_goes_on(run, name, change, reason):
+    rewritten(run / name, change)
+    before = (run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        CheckpointError, match=rf"\Aexpected an undamaged checkpoint .*{name}, got: .*\Z"
+    ) as raised:
+        runs.resume(run, changes={"epochs": 2})
+    assert reason in str(raised.value)
+    assert before == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
+
+
+def test_a_checkpoint_does_not_change_the_settings_of_the_optimizer(run, monkeypatch):
+    rewritten(run / "checkpoint.pt", lambda state: state["optimizer"]["param_groups"][0].update(lr="fast"))
+    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+    _, result = runs.resume(run, changes={"epochs": 3})
+    assert len(result.history) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "train --epochs 1000000000000000000",
+        "train -K 0",
+        "train -b 99999999999999999999999999",
+        "train --hidden 3,99999999999999999999",
+        "train --limit 10/99999999999999999999",
+        "train --seed -1",
+        "train --kl-warmup 1000000000000",
+        "train --recipe nothing --figure-epochs 0",
+        "sweep --over epochs=1,1000000000000",
+        "variance --testbed linear-gaussian --draws 1000000000000",
+        "variance --testbed linear-gaussian -K 1000000000000",
+        "variance --testbed linear-gaussian --seed 99999999999999999999",
+        "evaluate nothing -K 1000000000000",
+        "evaluate nothing --ais-steps 1000000000000",
+        "sample nothing --seed 99999999999999999999",
+        "sample nothing -n 1000000000000",
+        "manifold nothing --steps 1000000000000",
+    ],
+)
+def test_an_option_beyond_its_range_is_one_line(call):
+    result = CliRunner().invoke(main, call.split())
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1

@@ -15,6 +15,7 @@ from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import Site, check_one_plate
 from pyrovae.estimators.pathwise import Elbo
 from pyrovae.estimators.traces import replaced, sample_sites
+from pyrovae.optimizers import load_adam
 
 
 class Baselined(Elbo, abc.ABC):
@@ -87,7 +88,7 @@ class RunningMean(Baselined):
         return {"mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean = state["mean"]
+        self.mean = None if state["mean"] is None else _checked(state["mean"], ())
 
 
 class LearnedBaseline(Baselined):
@@ -179,10 +180,17 @@ class LearnedBaseline(Baselined):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network = self.moments = None
         if state["network"] is not None:
-            self._build(state["network"]["0.weight"].shape[1], state["moments"])
+            self._build(state["network"]["0.weight"].shape[1], _checked(state["moments"], (2,)))
             self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_adam(self.optimizer, state["optimizer"])
             self.moments = state["moments"]
+
+
+def _checked(saved: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Floats of this shape, out of a checkpoint."""
+    if saved.shape != shape or not saved.is_floating_point():
+        raise ValueError(f"expected floats of shape {shape}, got {saved.dtype} of shape {tuple(saved.shape)}")
+    return saved
 
 
 class DisArm(Elbo):
