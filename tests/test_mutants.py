@@ -154,7 +154,10 @@ def repository(tmp_path_factory) -> Path:
 
 
 def call(repository: Path, *args: str) -> subprocess.CompletedProcess:
-    """Calls the command without torch and pytest's plugins, which the repository does not need."""
+    """Calls the command without torch and pytest's plugins, which the repository does not need.
+
+    PYTHONPATH may name a place with tests of its own, which would be found in place of the repository's.
+    """
     program = "from benchmarks import covering, mutants; mutants.IMPORTED = ''; covering.PATIENCE = 2, 1"
     command = [
         sys.executable,
@@ -166,7 +169,8 @@ def call(repository: Path, *args: str) -> subprocess.CompletedProcess:
         repository / "cache",
         *args,
     ]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
 
 
