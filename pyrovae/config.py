@@ -371,6 +371,20 @@ class Config:
                 beta=self.beta,
             )
 
+    def decoder_weights(self, shape: tuple[int, int, int], levels: int, classes: int = 0) -> int:
+        """How many numbers the decoder of `make_vae` learns, found without making them.
+
+        Raises:
+            ValueError: More than can be counted.
+        """
+        latent = self.latent_dim + (classes if self.conditional else 0)
+        try:
+            with torch.device("meta"):  # where tensors have shapes only
+                decoder = self.make_network().decoder(latent, shape, self.make_likelihood(levels).outputs)
+        except RuntimeError as error:
+            raise ValueError(f"expected a model that can be made, got: {error}") from None
+        return sum(parameter.numel() for parameter in decoder.parameters())
+
     def make_vae_for(self, dataset: Dataset) -> VAE:
         """A new VAE for these images, as `make_vae` gives it.
 

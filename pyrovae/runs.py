@@ -212,11 +212,27 @@ def load(
             f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
         )
     state = load_checkpoint(path, device, holds=Best if which == "best" else State)
+    _check_weights(directory, path, state)
     admit(directory, config, trust=trust)
     with explained(path):
         vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
         vae.load_state_dict(state["model"])
     return vae.eval()
+
+
+def _check_weights(directory: Path, path: Path, state: dict[str, Any]) -> None:
+    """Checks that a run's settings declare no more weights than its checkpoint has, before they are made.
+
+    The encoder mirrors the decoder, but a guide need not have it.
+    """
+    config, data = read_config(directory)
+    with explained(path):
+        declared = config.decoder_weights(tuple(data["shape"]), data["levels"], data.get("classes", 0))
+        held = sum(tensor.numel() for tensor in state["model"].values())
+        if declared > held:
+            raise ValueError(
+                f"{held:,} weights, where {directory / 'config.json'} declares at least {declared:,}"
+            )
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:

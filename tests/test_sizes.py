@@ -1,6 +1,7 @@
 """Files that declare more than there is: refused in one line that names them, before anything is allocated."""
 
 import io
+import json
 import resource
 import struct
 import sys
@@ -18,9 +19,10 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from benchmarks.faults.shared import Child
-from pyrovae import checkpoints, data, folders, sizes
+from pyrovae import checkpoints, data, folders, runs, sizes
 from pyrovae.checkpoints import load_checkpoint
 from pyrovae.cli import main
+from pyrovae.config import Config
 from pyrovae.data import load_dataset
 from pyrovae.sizes import Declared, declared_arrays
 
@@ -397,3 +399,37 @@ def test_a_bomb_is_one_line_of_the_command_line(tmp_path, free):
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(f"Error: expected {path} to fit into memory, got ")
     assert "network" not in done.stderr
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    "settings", [{"hidden": (9, 5)}, {"network": "cnn", "channels": (4, 3)}], ids=["mlp", "cnn"]
+)
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_weights_of_a_decoder_are_counted_without_making_them(settings, conditional):
+    config = Config(**settings, latent_dim=3, conditional=conditional)
+    decoder = config.make_vae((1, 8, 8), 17, 10).decoder
+    made = sum(parameter.numel() for parameter in decoder.parameters())
+    assert config.decoder_weights((1, 8, 8), 17, 10) == made
+
+
+@pytest.mark.usefixtures("no_figures", "unchecked")
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ("config", "latent_dim", 2**31 - 1),
+        ("config", "hidden", [2**31 - 1] * 2),
+        ("data", "shape", [1, 2**30, 2**30]),
+    ],
+)
+def test_settings_that_declare_more_weights_than_there_are_make_none(tmp_path, place, name, value):
+    run, _ = runs.train(
+        Config(limit=(16, 8), hidden=(4,), epochs=1, figure_epochs=(), compile="off"), out=tmp_path / "run"
+    )
+    contents = json.loads((run / "config.json").read_text())
+    contents[place][name] = value
+    (run / "config.json").write_text(json.dumps(contents))
+    message = refused(run, runs.load)
+    assert message.startswith("expected ")
