@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from pyrovae.inputs import MOST
 from pyrovae.schemas import Row, Saved, check, refused
 from pyrovae.sizes import check_fits
 from pyrovae.whole_files import replacing
@@ -43,8 +44,14 @@ def read_metrics(directory: Path) -> list[Row]:
             except json.JSONDecodeError:
                 break
             check(row, Row)
-        rows.append({"bound": row["elbo"], "validation_bound": row["validation_elbo"]} | row)
+            large = {name: float(value) for name, value in row.items() if _is_large(value)}
+        rows.append({"bound": row["elbo"], "validation_bound": row["validation_elbo"]} | row | large)
     return rows
+
+
+def _is_large(value: Any) -> bool:
+    """Whether this is a number without a point that arrays cannot take as such."""
+    return isinstance(value, int) and abs(value) > MOST
 
 
 def read_history(directory: Path, epochs: int) -> list[Row]:

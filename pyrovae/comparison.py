@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -136,7 +137,8 @@ class Comparison:
             rows.append(_restored(row) | kept)
         found = converted(contents | {"rows": rows, "slopes": {}}, cls)
         check(found.settings, Measured)
-        return dataclasses.replace(found, slopes=snr_slopes(found.rows))
+        with np.errstate(invalid="raise"):  # a negative SNR, say
+            return dataclasses.replace(found, slopes=snr_slopes(found.rows))
 
     def to_csv(self) -> str:
         """One line per row, with what is a number or a name; the settings in every line."""

@@ -151,7 +151,7 @@ def _owner(descriptor: int) -> str:
         os.lseek(descriptor, 0, os.SEEK_SET)
         owner = json.loads(os.read(descriptor, 1000))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (ValueError, LookupError, TypeError):  # the owner is about to write it, or could not
+    except (ValueError, LookupError, TypeError, RecursionError):  # the owner is about to write it, or could not
         return "another process"
 
 

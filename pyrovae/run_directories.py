@@ -9,7 +9,7 @@ from pathlib import Path
 from pyrovae.config import Config
 from pyrovae.data import Dataset
 from pyrovae.parts import TrustError
-from pyrovae.schemas import RAISED_BY_DAMAGE, Labelled, Settings, check, refused
+from pyrovae.schemas import RAISED_BY_DAMAGE, Data, Settings, check, refused
 from pyrovae.versions import recorded
 from pyrovae.whole_files import WriteError, is_new
 
@@ -44,7 +44,7 @@ def read_settings(run: Path) -> Settings:
         return contents
 
 
-def read_config(run: Path) -> tuple[Config, Labelled]:
+def read_config(run: Path) -> tuple[Config, Data]:
     """A run's settings, and a description of its data.
 
     Raises:
@@ -81,7 +81,7 @@ def record(config: Config, dataset: Dataset) -> str:
     return json.dumps(contents, indent=2) + "\n"
 
 
-def describe(dataset: Dataset) -> Labelled:
+def describe(dataset: Dataset) -> Data:
     """What a run records of its data, by which they are recognised."""
     return {
         "shape": list(dataset.shape),
@@ -95,7 +95,7 @@ def describe(dataset: Dataset) -> Labelled:
     }
 
 
-def same_data(described: Labelled, dataset: Dataset, config: Config) -> bool:
+def same_data(described: Data, dataset: Dataset, config: Config) -> bool:
     """Whether these are the data that a run describes; labels count where the model sees them."""
     now = describe(dataset)
     if not config.conditional:

@@ -48,8 +48,8 @@ RAISED_BY_DAMAGE = (
 )
 
 
-class Images(TypedDict):
-    """The images of a run, as its config.json describes them; runs of earlier versions lack Labels."""
+class _Data(TypedDict):
+    """The images of a run, as its config.json describes them."""
 
     shape: Annotated[list[Positive], Meta(min_length=3, max_length=3)]
     levels: Positive
@@ -59,8 +59,8 @@ class Images(TypedDict):
     checksum: int
 
 
-class Labelled(Images, total=False):
-    """The same images with the number of their classes, and the checksum of their labels."""
+class Data(_Data, total=False):
+    """The same with the number of classes and the checksum of labels, which earlier versions leave out."""
 
     classes: Count
     labels: int | None
@@ -68,7 +68,7 @@ class Labelled(Images, total=False):
 
 class _Settings(TypedDict):
     config: dict[str, Any]  # which `Config` checks
-    data: Labelled
+    data: Data
 
 
 class Settings(_Settings, total=False):
@@ -220,12 +220,12 @@ class _State(Process, Saved):
     model: dict[str, Any]
     optimizer: Adam
     progress: Position
-    estimator: dict[str, Any]  # which the estimator checks
 
 
 class State(_State, total=False):
-    """A run's checkpoint.pt; that of a single process of an earlier version has no others."""
+    """A run's checkpoint.pt, with what earlier versions leave out."""
 
+    estimator: dict[str, Any]  # which the estimator checks
     others: list[Process]
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -27,7 +28,7 @@ def made(tmp_path_factory) -> Path:
         run, _ = runs.train(Config(**TINY), out=tmp_path_factory.mktemp("made") / "run")
         assessment.write(run, Examination(particles=2, limit=4).of_run(run))
         (run / "variance-1").mkdir()
-        found = Measurement(estimators=("elbo",), particles=(1,), draws=16, batch_size=2).of_run(run)
+        found = Measurement(estimators=("elbo",), particles=(1, 2), draws=16, batch_size=2).of_run(run)
         laboratory.write(run / "variance-1", found)
         return run
 
@@ -82,6 +83,15 @@ def test_a_value_of_another_type_is_named(run, name, keys, value, reason):
     assert "\n" not in message
 
 
+def test_negative_ratios_of_signal_to_noise_are_one_line(run):
+    path = run / "variance-1" / "variance.json"
+    contents = json.loads(path.read_text())
+    for row in contents["rows"]:
+        row.update(snr_encoder=-1.0, snr_encoder_interval=[1.0, 2.0])
+    path.write_text(json.dumps(contents))
+    assert f"{path}, got: FloatingPointError invalid value" in said(lambda: laboratory.read(path.parent))
+
+
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(
     "text",
@@ -125,6 +135,13 @@ def test_metrics_of_the_earliest_version_have_the_bounds_that_they_lack(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for row in read_metrics(run):
         assert (row["bound"], row["validation_bound"]) == (row["elbo"], row["validation_elbo"])
+
+
+def test_large_numbers_of_metrics_can_be_drawn(run):
+    text = (run / "metrics.jsonl").read_text()
+    row = json.loads(text.splitlines()[0]) | {"elbo": -(10**30)}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + text.splitlines()[1] + "\n")
+    assert np.isfinite([row["elbo"] for row in read_metrics(run)]).all()
 
 
 @pytest.mark.parametrize(
@@ -218,6 +235,11 @@ def test_other_contents_of_a_checkpoint_are_found_before_training_goes_on(run, n
         runs.resume(run, changes={"epochs": 2})
     assert reason in str(raised.value)
     assert before == ((run / "config.json").read_bytes(), (run / "metrics.jsonl").read_bytes())
+
+
+def test_the_parameters_of_an_earlier_version_s_checkpoint_are_loaded(run):
+    rewritten(run / "checkpoint.pt", lambda state: [state.pop(name) for name in ("estimator", "others")])
+    assert runs.load(run, which="last").latent_dim == 2
 
 
 def test_a_checkpoint_does_not_change_the_settings_of_the_optimizer(run, monkeypatch):
