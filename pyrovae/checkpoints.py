@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import nn
 
 from pyrovae.inputs import MOST
 from pyrovae.schemas import Row, Saved, check, refused
@@ -20,6 +21,7 @@ from pyrovae.sizes import check_fits
 from pyrovae.whole_files import replacing
 
 FORMAT = "pyrovae checkpoint 1"
+OF_DENSITY = "elbo", "kl", "validation_elbo", "validation_kl"  # metrics that an autoencoder has none of
 
 
 class CheckpointError(ValueError):
@@ -32,7 +34,7 @@ def read_metrics(directory: Path) -> list[Row]:
     Raises:
         CheckpointError: A line is no text, or it is JSON but no row of metrics.
     """
-    path, rows = directory / "metrics.jsonl", []
+    path, rows, missing = directory / "metrics.jsonl", [], set()
     if not path.exists():
         return rows
     with refused(CheckpointError, f"metrics of epochs in {path}"):
@@ -44,6 +46,9 @@ def read_metrics(directory: Path) -> list[Row]:
             except json.JSONDecodeError:
                 break
             check(row, Row)
+            missing |= {row[name] is None for name in OF_DENSITY}
+            if len(missing) > 1:
+                raise ValueError("a KL and an ELBO that are null in some places only")
             large = {name: float(value) for name, value in row.items() if _is_large(value)}
         rows.append({"bound": row["elbo"], "validation_bound": row["validation_elbo"]} | row | large)
     return rows
@@ -99,6 +104,20 @@ def load_checkpoint(
     with explained(path):
         check(state, holds)
     return state
+
+
+def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, which by itself drops the imaginary parts of complex numbers.
+
+    Raises:
+        ValueError: They are the parameters of another model.
+        RuntimeError: The same, in the words of PyTorch.
+    """
+    own = model.state_dict()
+    for name, value in saved.items():
+        if name in own and torch.is_tensor(value) and value.is_complex() and not own[name].is_complex():
+            raise ValueError(f"complex numbers in {name}")
+    model.load_state_dict(saved)
 
 
 def _check_size(path: Path, file: BinaryIO, size: int) -> None:

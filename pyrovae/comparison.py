@@ -23,7 +23,7 @@ from pyrovae.evaluation import seeded
 from pyrovae.intervals import Slope, slope
 from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.per_draw import layout_of
-from pyrovae.schemas import Compared, Measured, check, converted
+from pyrovae.schemas import BetweenBatches, Compared, Measured, check, converted
 from pyrovae.testbed import LinearGaussian
 from pyrovae.texts import to_csv
 from pyrovae.variance import GradientStats, Parts, gradient_moments
@@ -135,8 +135,11 @@ class Comparison:
         for row in contents["rows"]:
             kept = {name: row[name] for name in ("bias", "peak_memory") if row[name] is None}
             rows.append(_restored(row) | kept)
-        found = converted(contents | {"rows": rows, "slopes": {}}, cls)
+        between = _restored(contents["between_batches"])
+        found = converted(contents | {"rows": rows, "slopes": {}, "between_batches": between}, cls)
         check(found.settings, Measured)
+        if between:
+            check(between, BetweenBatches)
         with np.errstate(invalid="raise"):  # a negative SNR, say
             return dataclasses.replace(found, slopes=snr_slopes(found.rows))
 

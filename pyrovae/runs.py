@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pyrovae import distributed, figures
-from pyrovae.checkpoints import explained, load_checkpoint, read_history, read_metrics
+from pyrovae.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
 from pyrovae.config import LONG, Config
 from pyrovae.data import Dataset
 from pyrovae.run_directories import (
@@ -168,7 +168,7 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) 
                 _load_best(directory, vae)
             state = load_checkpoint(directory / "checkpoint.pt", device, holds=State)
             with explained(directory / "checkpoint.pt"):
-                vae.load_state_dict(state["model"])
+                load_model(vae, state["model"])
                 done = state["progress"]["epoch"]
             read_history(directory, done)
             if config.epochs < done:
@@ -216,7 +216,7 @@ def load(
     admit(directory, config, trust=trust)
     with explained(path):
         vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
-        vae.load_state_dict(state["model"])
+        load_model(vae, state["model"])
     return vae.eval()
 
 
@@ -335,7 +335,7 @@ def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
 def _load_best(directory: Path, vae: VAE) -> None:
     state = load_checkpoint(directory / "best.pt", vae.zeros.device, holds=Best)
     with explained(directory / "best.pt"):
-        vae.load_state_dict(state["model"])
+        load_model(vae, state["model"])
 
 
 def is_complete(directory: Path) -> bool:

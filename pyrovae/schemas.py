@@ -148,6 +148,16 @@ class Compared(TypedDict):
     """A variance.json, whose rows lack what is not finite."""
 
     rows: list[dict[str, Any]]
+    between_batches: dict[str, Any]
+
+
+class BetweenBatches(TypedDict):
+    """The variances in a variance.json over several batches."""
+
+    estimator: str
+    batches: Positive
+    within: float
+    between: float
 
 
 class Measured(TypedDict):

@@ -33,6 +33,7 @@ from pyrovae.checkpoints import (
     CheckpointError,
     explained,
     load_checkpoint,
+    load_model,
     preserved_random_states,
     random_states,
     read_history,
@@ -556,7 +557,7 @@ class _Trainer:
         path = self.directory / "checkpoint.pt"
         state = self._read(path)
         with explained(path):
-            self.vae.load_state_dict(state["model"])
+            load_model(self.vae, state["model"])
             load_adam(self.optimizer, state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.progress.check(self.batches)

@@ -83,6 +83,13 @@ def test_a_value_of_another_type_is_named(run, name, keys, value, reason):
     assert "\n" not in message
 
 
+def test_variances_between_batches_without_what_they_are_of_are_one_line(run):
+    path = run / "variance-1" / "variance.json"
+    contents = json.loads(path.read_text())
+    path.write_text(json.dumps(contents | {"between_batches": {"within": 1.0}}))
+    assert f"{path}, got: object missing required field" in said(lambda: laboratory.read(path.parent))
+
+
 def test_negative_ratios_of_signal_to_noise_are_one_line(run):
     path = run / "variance-1" / "variance.json"
     contents = json.loads(path.read_text())
@@ -112,10 +119,14 @@ def test_contents_that_are_none_are_one_line(run, name, text):
         (b"{}", "object missing required field"),
         (b'{"epoch": "\xff"}', "'utf-8' codec can't decode"),
         (b"[" * 100_000, "RecursionError"),
+        (None, "a KL and an ELBO that are null in some places only"),
     ],
-    ids=["number", "empty", "bytes", "nested"],
+    ids=["number", "empty", "bytes", "nested", "null"],
 )
 def test_foreign_metrics_are_found_before_training_goes_on(run, line, reason):
+    if line is None:
+        last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+        line = json.dumps(json.loads(last) | {"validation_kl": None}).encode()
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(line + b"\n")
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file() and path.name != ".lock"}
@@ -211,6 +222,11 @@ def rewritten(path: Path, change) -> None:
         ("best.pt", lambda s: s.pop("epoch"), "object missing required field epoch"),
         ("best.pt", lambda s: s.update(epoch=-1), "expected int >= 1 at epoch"),
         ("best.pt", lambda s: s.update(model=3), "expected object, got int at model"),
+        (
+            "best.pt",
+            lambda s: s["model"].update({"posterior.head.bias": torch.zeros(4) * 1j}),
+            "complex numbers in posterior",
+        ),
     ],
     ids=[
         "missing",
@@ -224,6 +240,7 @@ def rewritten(path: Path, change) -> None:
         "epoch",
         "negative",
         "model",
+        "complex",
     ],
 )
 def test_other_contents_of_a_checkpoint_are_found_before_training_goes_on(run, name, change, reason):
