@@ -1,7 +1,12 @@
 # `make train` and `make test` do everything that they need on a fresh machine.
 PYTHON ?= python3
 
-.PHONY: train test clean
+# The tests of files that are numbers and no more, which another machine rounds differently.
+NUMBERS = $(patsubst %,tests/test_%.py,analytic_kl antithetic bias comparison distributions estimators evaluation \
+	evidence intervals likelihoods plates posterior_gap run_once scales_and_masks testbed variance weights)
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+.PHONY: train test test-slow test-rounding clean
 
 train: .venv/installed
 	.venv/bin/python cli.py train
@@ -9,7 +14,16 @@ train: .venv/installed
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest --numprocesses auto --dist loadgroup
+	$(PYTEST) -m "not slow"
+
+# What takes a third of the time of all tests: processes that train together, compilers, whole tables.
+test-slow: .venv/installed-dev
+	$(PYTEST) -m slow
+
+# As machines with other instructions and other numbers of threads would round.
+test-rounding: .venv/installed-dev
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 DNNL_MAX_CPU_ISA=AVX2 PYROVAE_THREADS=2 $(PYTEST) $(NUMBERS)
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

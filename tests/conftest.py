@@ -1,6 +1,8 @@
 """Shapes in signatures are checked while the tests run; each test gets its own random and Pyro state."""
 
+import functools
 import os
+import typing
 from pathlib import Path
 
 import hypothesis
@@ -14,34 +16,63 @@ hypothesis.settings.load_profile("tests")
 _jaxtyped = jaxtyping.jaxtyped
 
 
-def _jaxtyped_once(*, typechecker):
-    """Checks functions of modules and classes only.
+def _has_shape(annotation) -> bool:
+    """Whether a shape is in an annotation, or may be in one that is a text."""
+    if isinstance(annotation, str):
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    return any(map(_has_shape, typing.get_args(annotation)))
 
-    A function within a function is made anew at each call, and to decorate it each time took a fifth of the
-    time of all tests. No such function has shapes in its signature, which a test of the architecture checks.
+
+def _jaxtyped_where_needed(*, typechecker):
+    """Checks the types of all functions of modules and classes, by jaxtyping only where a shape is among them.
+
+    To remember the shapes of a call, so that they can be compared, takes many times as long as to check types
+    alone. A function within a function is made anew at each call, and to decorate it each time took a fifth of
+    the time of all tests. None has shapes in its signature, which a test of the architecture checks.
     """
 
     def decorate(made):
-        return made if "<locals>" in made.__qualname__ else _jaxtyped(made, typechecker=typechecker)
+        if "<locals>" in made.__qualname__:
+            return made
+        if isinstance(made, type) or any(map(_has_shape, made.__annotations__.values())):
+            return _jaxtyped(made, typechecker=typechecker)
+        checked = typechecker(made)
+
+        @functools.wraps(made)
+        def call(*args, **kwargs):
+            return (made if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+
+        return call
 
     return decorate
 
 
 # Before anything of pyrovae is imported: jaxtyping's annotations are checked by beartype from here on.
-jaxtyping.jaxtyped = _jaxtyped_once
+jaxtyping.jaxtyped = _jaxtyped_where_needed
 jaxtyping.install_import_hook("pyrovae", "beartype.beartype")
 
-# Fixtures that take seconds, so that only one process should make them for all tests of a file.
-SHARED = {"made", "finished", "place", "usual", "discrete", "along", "of_testbed", "repository"}
+# The files whose tests take longest, those that take most first. The processes of `--dist loadfile` begin with
+# these, so that none is left with a long file in the end.
+LONGEST = [
+    "two_processes",
+    "graphs",
+    "training",
+    "per_draw",
+    "estimators",
+    "docs",
+    "cli",
+    "notebooks",
+    "comparison",
+]
+LONGEST += ["benchmarks", "pyro_traps", "bias", "evaluation", "pictures", "report", "evidence", "files"]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Tests of a file that share what takes long run in one process, by `--dist loadgroup` of pytest-xdist."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if not SHARED.isdisjoint(item.fixturenames):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_collection_modifyitems(items):
+    """Sorts the tests by file, the longest files first."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

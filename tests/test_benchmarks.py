@@ -76,6 +76,7 @@ def test_the_start_is_the_published_one():
             assert not parameter.any(), name
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on_bit_for_bit(tmp_path):
     """Stopped in the middle of a pass, while it measures, and in the middle of another cell."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -88,6 +89,7 @@ def test_an_interrupted_call_goes_on_bit_for_bit(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in parts.glob("*.pt")}
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_run(tmp_path):
     output = call(tmp_path)
     assert "NOT the published setting: 2.4 of 3,280 epochs (0.07%), growth 1, 200 training images" in output
@@ -101,6 +103,7 @@ def test_the_table_says_what_was_run(tmp_path):
     assert result["cells"]["iwae-5"]["above vae-1"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_without_capture_the_figures_are_the_same(tmp_path):
     for out, more in ((tmp_path / "captured", []), (tmp_path / "plain", ["--no-compile"])):
         call(out, "--limit", "40", "--cell", "dreg-5", *more)

@@ -64,7 +64,9 @@ def check_wrong_call(*args: str | Path, naming: str = "") -> None:
 
 
 def contents(directory: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+    """What lies there, but for what Python compiles of modules, which it may be told not to do."""
+    paths = (path for path in directory.rglob("*") if "__pycache__" not in path.parts)
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture(autouse=True)

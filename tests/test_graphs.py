@@ -128,6 +128,7 @@ def test_a_conditional_vae_is_captured(make_vae):
     assert step.reason == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "settings"),
     [

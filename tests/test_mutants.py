@@ -142,6 +142,7 @@ def repository(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("repository")
     for folder in (PACKAGE, "tests", "benchmarks"):
         (root / folder).mkdir()
+        (root / folder / "__init__.py").touch()  # without it, a package of this name elsewhere would be taken
     for name in ("mutants", "covering", "mutations"):
         shutil.copy(ROOT / "benchmarks" / f"{name}.py", root / "benchmarks")
     (root / PACKAGE / "likelihoods.py").write_text(MODULE)

@@ -323,6 +323,7 @@ def test_a_variance_that_would_drown_in_the_mean_is_found_entry_by_entry(make_va
     )
 
 
+@pytest.mark.slow
 def test_draws_that_are_taken_again_are_compiled_and_counted_too(make_vae, monkeypatch):
     vae, x = nearly_noiseless(make_vae)
     captured, told = [], []

@@ -126,6 +126,7 @@ def traced(monkeypatch):
 COMPILED = "cnn with batch norm", "warm-up, beta, particles", "learned baseline"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", COMPILED)
 def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes_bit_for_bit(
     tmp_path, interrupt, traced, variant
@@ -178,6 +179,7 @@ def test_what_cannot_be_compiled_trains_as_ever_with_one_warning(tmp_path, monke
         assert ours["elbo"] == pytest.approx(theirs["elbo"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_layers_train_to_nearly_the_same_and_keep_float32_parameters(tmp_path, traced):
     settings = TINY | {"compile": "on", "network": "cnn", "channels": (4,), "hidden": None, "kl_warmup": 2}
     plain, _ = runs.train(Config(**settings), out=tmp_path / "plain")

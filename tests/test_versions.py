@@ -32,6 +32,7 @@ for words in (["--version"], ["train", *tiny], ["evaluate", "runs/digits-bernoul
 """
 
 
+@pytest.mark.slow
 def test_commands_work_without_an_installed_distribution(tmp_path):
     command = [sys.executable, "-c", WITHOUT_DISTRIBUTIONS, CHECKOUT]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
