@@ -76,7 +76,7 @@ class Recipe:
             try:
                 self.config(cell)
             except ValueError as error:
-                raise SweepError(f"{error} in the cell {name_of(cell) or 'of a recipe'}") from None
+                raise SweepError(f"{error}{_in(cell)}") from None
 
     def admit(self, *, trust: bool) -> bool:
         """Imports what the cells name of one's own, if trusted, so that no cell starts with a wrong name.
@@ -95,7 +95,7 @@ class Recipe:
             except TrustError:
                 raise
             except ValueError as error:
-                raise SweepError(f"{error} in the cell {name_of(cell) or 'of a recipe'}") from None
+                raise SweepError(f"{error}{_in(cell)}") from None
         return any(is_foreign(config.guide) for config in configs)
 
     def config(self, cell: Settings) -> Config:
@@ -155,9 +155,14 @@ def recipes() -> list[str]:
 
 
 def name_of(cell: Settings) -> str:
-    """A cell's directory: what it sets."""
+    """A cell's directory: what it sets, or "run" for the only cell, which sets nothing."""
     text = "_".join(f"{name}-{_text(value)}" for name, value in cell.items())
-    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text)
+    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text) or "run"
+
+
+def _in(cell: Settings) -> str:
+    """Names the cell at the end of an error, where there are several."""
+    return f" in the cell {name_of(cell)}" if cell else ""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import click
 import hypothesis
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from pyrovae import assessment, commands, laboratory, report, runs
 from pyrovae.assessment import Examination
 from pyrovae.checkpoints import read_metrics
+from pyrovae.cli import main
 from pyrovae.config import Config, flag
 from pyrovae.laboratory import Measurement
 from tests.test_cli import check_works, check_wrong_call
@@ -181,7 +183,7 @@ def test_the_bound_that_is_trained_is_shown_where_it_is_not_the_elbo(pages):
 
 def settings_of(words: list[str], levels: int) -> Config:
     """What the command line makes of these words."""
-    given = commands.train_command.make_context("train", words).params
+    given = commands.train_command.make_context("train", words, parent=click.Context(main)).params
     return Config(**{field.name: given[field.name] for field in fields(Config)}).resolved(levels)
 
 

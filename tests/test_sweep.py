@@ -52,6 +52,13 @@ def test_names_of_cells_are_names_of_directories():
     assert name_of({"hidden": [300, 100], "dataset": "my images/a"}) == "hidden-300-100_dataset-my-images-a"
 
 
+def test_the_only_cell_of_a_recipe_without_variants_has_a_directory_too(tmp_path, in_process):
+    recipe = Recipe(({},), TINY)
+    assert Sweep(tmp_path / "sweep", recipe).run() == {}
+    assert len(read_metrics(tmp_path / "sweep" / "run")) == TINY["epochs"]
+    assert [row["seeds"] for row in Sweep(tmp_path / "sweep", recipe).table()] == [1]
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_is_one(name):
     recipe = read_recipe(name)
