@@ -53,10 +53,11 @@ class Walk:
         self.whole: dict[int, Place] = {}
         self._seen: dict[tuple[int, ...], Any] = {}
         self._queue = deque((root, Place(None, None, type(root).__name__), LOOSE) for root in roots)
+        follow = self._follow  # which functools makes anew each time that it is asked for
         while self._queue:
             value, place, access = self._queue.popleft()
             if not isinstance(value, PLAIN) and self._is_new(value, access):
-                self._follow(value, place, access)
+                follow(value, place, access)
 
     def _is_new(self, *values: Any) -> bool:
         key = tuple(map(id, values))
