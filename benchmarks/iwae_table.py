@@ -36,15 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import VAE, Config, Dataset, Dreg, Elbo, Estimator, Iwae, importance_weighted, load_dataset
-from pyrovae.checkpoints import (
-    FORMAT,
-    load_checkpoint,
-    preserved_random_states,
-    random_states,
-    save_atomically,
-    set_random_states,
-)
+from pyrovae.checkpoints import FORMAT, load_checkpoint, save_atomically
 from pyrovae.graphs import capture
+from pyrovae.random_states import preserved_random_states, random_states, set_random_states
 from pyrovae.signals import DeferredSignals
 from pyrovae.whole_files import write_atomically
 

@@ -28,17 +28,10 @@ from pyrovae.evaluation import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evidence import (
-    Bidirectional,
-    Progress,
-    annealed,
-    bidirectional,
-    importance_weighted,
-    naive,
-    seeded,
-)
+from pyrovae.evidence import Bidirectional, Progress, annealed, bidirectional, importance_weighted, naive
 from pyrovae.inputs import check_count
 from pyrovae.pareto import FEWEST_WEIGHTS, threshold
+from pyrovae.random_states import seeded
 from pyrovae.run_directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs import load
 from pyrovae.schemas import Best, Examined, OfRun, State, check, converted, refused

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Bernoulli, Chi2, Distribution, Independent
 
-from pyrovae.evidence import seeded
 from pyrovae.guides import Guide
 from pyrovae.inputs import check_pixels
+from pyrovae.random_states import seeded
 
 FALSE_ALARM = 1e-6  # the probability that a correct density is called wrong, over all its tests
 PARTICLES, DATA = 3, 4  # for shapes and gradients; and at most so many data for the density

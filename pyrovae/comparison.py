@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pyrovae.bias import BiasTest, check_bias
 from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
 from pyrovae.estimators.layout import plates_of
-from pyrovae.evaluation import seeded
 from pyrovae.intervals import Slope, slope
 from pyrovae.pairs import modules_of, parameters_of, untouched
 from pyrovae.per_draw import layout_of
+from pyrovae.random_states import seeded
 from pyrovae.schemas import BetweenBatches, Compared, Measured, check, converted
 from pyrovae.testbed import LinearGaussian
 from pyrovae.texts import to_csv

@@ -14,8 +14,8 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
-from pyrovae.evidence import seeded
 from pyrovae.likelihoods import Likelihood
+from pyrovae.random_states import seeded
 from pyrovae.vae import VAE
 
 ACTIVE = 0.01  # the variance of its mean over images above which a latent dimension is in use

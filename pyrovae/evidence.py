@@ -10,11 +10,9 @@ function of the seed. The VAE and the random states of torch, numpy and Python a
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyro
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -315,25 +313,3 @@ def _report(progress: Progress | None, done: int, total: int, what: str) -> None
 def _evaluating(vae: VAE, seed: int) -> Iterator[None]:
     with vae.evaluating(), seeded(seed, vae.zeros.device), pyro.validation_enabled(False):
         yield
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device | str) -> Iterator[None]:
-    """Seeds the default generators of torch, on the CPU and the device, of numpy and of Python.
-
-    On leaving, all are as they were.
-    """
-    device = torch.device(device)
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -21,9 +21,9 @@ from pyrovae.checkpoints import load_checkpoint
 from pyrovae.comparison import USUAL, Comparison, compare
 from pyrovae.config import COMPILE, LONG, Config
 from pyrovae.data import Dataset
-from pyrovae.evaluation import seeded
 from pyrovae.inputs import check_count
 from pyrovae.intervals import Slope
+from pyrovae.random_states import seeded
 from pyrovae.run_directories import RunError, new_directory, read_config
 from pyrovae.runs import load
 from pyrovae.schemas import Best, OfModel, check, refused

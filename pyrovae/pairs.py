@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.evidence import seeded
+from pyrovae.random_states import seeded
 from pyrovae.references import References
 
 

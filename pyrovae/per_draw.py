@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from pyrovae.estimators import Estimator
 from pyrovae.estimators.layout import Layout
 from pyrovae.estimators.traces import sample_sites
-from pyrovae.evaluation import seeded
 from pyrovae.graphs import Capture
 from pyrovae.pairs import device_of, reads_attribute, used_tensors
+from pyrovae.random_states import seeded
 
 CONVOLUTIONS = {  # the names of their arguments after the input and the weight
     torch.conv2d: ("bias", "stride", "padding", "dilation", "groups"),

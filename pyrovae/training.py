@@ -34,17 +34,15 @@ from pyrovae.checkpoints import (
     explained,
     load_checkpoint,
     load_model,
-    preserved_random_states,
-    random_states,
     read_history,
     save_atomically,
-    set_random_states,
 )
 from pyrovae.data import Images
 from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation import Evaluation, evaluate, without_constant
 from pyrovae.graphs import CaptureWarning, Replay, Step, flushed_denormals
 from pyrovae.optimizers import load_adam
+from pyrovae.random_states import preserved_random_states, random_states, set_random_states
 from pyrovae.schemas import Row, State
 from pyrovae.signals import DeferredSignals
 from pyrovae.vae import VAE

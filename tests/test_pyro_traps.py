@@ -15,11 +15,11 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.checkpoints import random_states, set_random_states
 from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS, Elbo
 from pyrovae.evaluation import evaluate
 from pyrovae.guides import Guide
+from pyrovae.random_states import random_states, set_random_states
 from pyrovae.training import fit
 from pyrovae.vae import VAE
 from tests.combinations import EVERY, FEW, KINDS, refusal, several

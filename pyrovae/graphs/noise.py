@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyrovae.checkpoints import all_random_states, set_all_random_states
+from pyrovae.random_states import all_random_states, set_all_random_states
 
 _FAMILIES: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
     random.Random: (random.Random.getstate, random.Random.setstate),

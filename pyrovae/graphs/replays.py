@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from pyrovae.checkpoints import random_states, set_random_states
 from pyrovae.graphs.captures import CHECKED, Capture, CaptureWarning
 from pyrovae.graphs.comparisons import NotCaptured, compare, first_line
 from pyrovae.pairs import clones, copy, device_of
+from pyrovae.random_states import random_states, set_random_states
 
 REPLAYED = 1e-3  # of the largest number
 UNRECORDED = CHECKED + 1  # calls on a GPU before the procedure is recorded
