@@ -3,8 +3,8 @@
     python -m benchmarks.coverage [--draws N]... [--repeats N]
     python -m benchmarks.coverage --slopes [--draws N]... [--repeats N]
 
-The subject is the linear-Gaussian pair of `pyrovae.testbed` at its default numbers, one datum. The table has a
-line for each estimator, from light tails to heavy: coverage of tr Cov, of its ratio to the plain estimator with
+The subject is the linear-Gaussian pair of `pyrovae.LinearGaussian` at its default numbers, one datum. The table has
+a line for each estimator, from light tails to heavy: coverage of tr Cov, of its ratio to the plain estimator with
 the same noise, and of the signal-to-noise ratio. The tails are the kurtosis of a draw's squared distance from
 the mean, over all repeats; that of a normal distribution would be 3.
 
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from pyrovae.estimators import AnalyticKL, Elbo, Estimator, Iwae, Rloo, RunningMean, StickingTheLanding
-from pyrovae.intervals import Slope, slope
-from pyrovae.testbed import LinearGaussian
+from pyrovae.variance.intervals import Slope, slope
+from pyrovae.variance.testbed import LinearGaussian
 from tests.linear_gaussian import Copies, runs, stats_of
 
 ENCODER, PARTICLES = ("mu", "rho"), (1, 4, 16, 64)

@@ -36,11 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import VAE, Config, Dataset, Dreg, Elbo, Estimator, Iwae, importance_weighted, load_dataset
-from pyrovae.checkpoints import FORMAT, load_checkpoint, save_atomically
-from pyrovae.graphs import capture
-from pyrovae.random_states import preserved_random_states, random_states, set_random_states
-from pyrovae.signals import DeferredSignals
-from pyrovae.whole_files import write_atomically
+from pyrovae.programs.graphs import capture
+from pyrovae.runtime.random_states import preserved_random_states, random_states, set_random_states
+from pyrovae.runtime.signals import DeferredSignals
+from pyrovae.runtime.whole_files import write_atomically
+from pyrovae.training.checkpoints import FORMAT, load_checkpoint, save_atomically
 
 MODELS = {"vae": Elbo, "iwae": Iwae, "dreg": Dreg}
 CELLS = ("vae-1", "vae-5", "vae-50", "iwae-5", "iwae-50", "dreg-5", "dreg-50")

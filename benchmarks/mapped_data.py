@@ -26,7 +26,8 @@ import numpy as np
 import pyro
 import torch
 
-from pyrovae import Config, Images, data, fit
+from pyrovae import Config, Images, fit
+from pyrovae.data import datasets as data
 
 CONFIG = Config(binarize="soft", hidden=(400,), activation="softplus", latent_dim=20, scale_head="exp")
 CHUNK = 10_000  # images written at a time

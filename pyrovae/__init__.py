@@ -4,23 +4,15 @@ The public names, in reading order. Each is imported when it is first used, so t
 and `pyrovae --help` are instant.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
+from pyrovae.runtime.lazily import lazily
+from pyrovae.runtime.moved import install
 
 __version__ = "0.1.0"
 
 _NAMES_OF = {
-    "runs": ["train", "resume", "load"],
-    "config": ["Config"],
+    "runs": ["train", "resume", "load", "Config"],
     "vae": ["VAE"],
-    "likelihoods": [
-        "LIKELIHOODS",
-        "Likelihood",
-        "Bernoulli",
-        "ContinuousBernoulli",
-        "Gaussian",
-        "Categorical",
-    ],
+    "likelihoods": ["LIKELIHOODS", "Likelihood", "Bernoulli", "ContinuousBernoulli", "Gaussian", "Categorical"],
     "networks": ["NETWORKS", "Network", "MLP", "CNN", "Encoder", "Decoder"],
     "guides": [
         "GUIDES",
@@ -35,8 +27,8 @@ _NAMES_OF = {
         "Refined",
         "BernoulliCode",
         "PointMass",
+        "check_guide",
     ],
-    "checks": ["check_guide"],
     "estimators": [
         "ESTIMATORS",
         "Estimator",
@@ -59,31 +51,32 @@ _NAMES_OF = {
         "StlIwae",
         "Rws",
     ],
-    "data": ["DATASETS", "Dataset", "Images", "load_dataset"],
-    "folders": ["DataWarning"],
-    "graphs": ["capture", "Step", "Capture", "CaptureWarning"],
+    "data": ["DATASETS", "Dataset", "Images", "load_dataset", "DataWarning"],
+    "programs.graphs": ["capture", "Step", "Capture", "CaptureWarning"],
     "training": ["fit", "Fit"],
-    "evidence": ["importance_weighted", "naive", "annealed", "bidirectional", "Bidirectional"],
-    "weights": ["Evidence"],
-    "evaluation": ["evaluate", "Evaluation"],
-    "assessment": ["Examination", "Assessment"],
-    "variance": ["gradient_moments", "GradientStats"],
-    "bias": ["check_bias", "BiasTest"],
-    "comparison": ["compare", "Comparison", "Row"],
-    "laboratory": ["Measurement"],
-    "testbed": ["LinearGaussian"],
+    "evaluation": [
+        "importance_weighted",
+        "naive",
+        "annealed",
+        "bidirectional",
+        "Bidirectional",
+        "Evidence",
+        "evaluate",
+        "Evaluation",
+    ],
+    "runs.assessment": ["Examination", "Assessment"],
+    "variance": [
+        "gradient_moments",
+        "GradientStats",
+        "check_bias",
+        "BiasTest",
+        "compare",
+        "Comparison",
+        "Row",
+        "LinearGaussian",
+    ],
+    "runs.laboratory": ["Measurement"],
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-__all__ = list(_MODULE_OF)
 
-
-def __getattr__(name: str):
-    if name in _MODULE_OF:
-        return getattr(import_module(f"pyrovae.{_MODULE_OF[name]}"), name)
-    if not name.startswith("_") and find_spec(f"pyrovae.{name}"):
-        return import_module(f"pyrovae.{name}")
-    raise AttributeError(f"module 'pyrovae' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+install()
+__getattr__, __dir__, __all__ = lazily(__name__, _NAMES_OF)

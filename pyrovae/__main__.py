@@ -1,6 +1,6 @@
 """`python -m pyrovae`."""
 
-from pyrovae.cli import main
+from pyrovae.cli.group import main
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,9 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tests")
 _jaxtyped = jaxtyping.jaxtyped
 
-UNCHECKED = "pyrovae.references"  # where no signature has shapes, and a walk takes twenty thousand calls
+UNCHECKED = (
+    "pyrovae.programs.references"  # where no signature has shapes, and a walk takes twenty thousand calls
+)
 
 
 def _has_shape(annotation) -> bool:
@@ -101,7 +103,7 @@ def _isolated():
 def no_figures(monkeypatch):
     """A finished run is not pictured, which takes longer than a short run: the last of its figures is empty."""
 
-    from pyrovae import runs
+    from pyrovae.runs import training as runs
 
     def picture(directory: Path, *args) -> None:
         (directory / "figures" / f"{runs.LAST_FIGURE}.png").touch()
@@ -121,7 +123,7 @@ def unchecked():
 @pytest.fixture
 def make_vae():
     """make_vae(shape, levels, classes, **settings of Config) -> VAE."""
-    from pyrovae.config import Config
+    from pyrovae.runs.config import Config
 
     def make(shape: tuple[int, int, int] = (1, 8, 8), levels: int = 17, classes: int = 0, **settings):
         return Config(**settings).make_vae(shape, levels, classes)

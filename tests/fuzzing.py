@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 
-from pyrovae import assessment, laboratory, runs, sweep
-from pyrovae.assessment import Examination
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.data import load_dataset
-from pyrovae.laboratory import Measurement
+from pyrovae.cli.group import main
+from pyrovae.data.datasets import load_dataset
+from pyrovae.runs import assessment, laboratory
+from pyrovae.runs import sweeps as sweep
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import Measurement
 
 OUTSIDE = "outside_of_every_run"  # a module that no file may have imported
 NESTED: Any = []

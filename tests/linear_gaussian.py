@@ -11,8 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.testbed import LinearGaussian
-from pyrovae.variance import GradientStats, _block_size, gradient_moments
+from pyrovae.variance.moments import GradientStats, _block_size, gradient_moments
+from pyrovae.variance.testbed import LinearGaussian
 
 NAMES = ("mu", "rho", "w", "b")
 

@@ -12,7 +12,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyrovae.estimators import AnalyticKL, Elbo
-from pyrovae.graphs import capture
+from pyrovae.programs.graphs import capture
 from tests.linear_gaussian import grid
 
 F64 = torch.float64

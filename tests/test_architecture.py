@@ -11,47 +11,27 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae import estimators, guides, likelihoods, networks
-from pyrovae.data import DATASETS
-from pyrovae.evaluation import variance_of_means
+from pyrovae import estimators
+from pyrovae.data.datasets import DATASETS
+from pyrovae.evaluation.bounds import variance_of_means
+from pyrovae.guides import guides
+from pyrovae.likelihoods import likelihoods
+from pyrovae.networks import networks
 
 PACKAGE = Path(pyrovae.__file__).parent
-FLOORS = [
-    {
-        "buffers",
-        "files",
-        "inputs",
-        "locks",
-        "optimizers",
-        "pareto",
-        "parts",
-        "processes",
-        "sizes",
-        "references",
-        "texts",
-        "versions",
-    },
-    {"whole_files", "schemas"},
-    {"folders"},
-    {"likelihoods", "networks", "estimators", "data", "distributions", "annealing", "weights"},
-    {"guides", "testbed"},
-    {"vae"},
-    {"evidence"},
-    {"evaluation", "checkpoints", "checks", "distributed", "pairs"},
-    {"graphs", "signals"},
-    {"training", "per_draw", "intervals"},
-    {"variance"},
-    {"bias"},
-    {"comparison"},
-    {"config", "figures"},
-    {"run_directories"},
+FLOORS = [  # folders and modules of the package, which import from lower floors only
+    {"runtime"},
+    {"likelihoods", "networks", "data", "estimators"},
+    {"guides", "programs"},
+    {"vae", "variance"},
+    {"evaluation"},
+    {"training", "figures"},
     {"runs"},
-    {"sweep", "laboratory", "assessment", "pictures"},
     {"report"},
-    {"commands"},
+    {"cli"},
 ]
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in sorted(modules)}
-ENTRY_POINTS = {"__init__", "__main__", "cell", "cli"}  # these import nothing, or only when asked
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in sorted(rooms)}
+ENTRY_POINTS = {"__init__", "__main__"}  # these import nothing, or only when asked
 
 
 def imports(path: Path) -> set[str]:
@@ -67,8 +47,18 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def modules() -> dict[str, list[Path]]:
-    return {m: [*PACKAGE.glob(f"{m}.py"), *PACKAGE.glob(f"{m}/*.py")] for m in FLOOR_OF}
+def imported_files(path: Path) -> set[Path]:
+    """The files of pyrovae from which a file imports names, or which it imports as modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pyrovae."):
+            place = PACKAGE.joinpath(*node.module.split(".")[1:])
+            found |= {place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)}
+    return {path for path in found if path.exists()}
+
+
+def files(room: str) -> list[Path]:
+    return [*PACKAGE.glob(f"{room}.py"), *PACKAGE.glob(f"{room}/**/*.py")]
 
 
 def functions_within(node: ast.AST, within: bool = False) -> Iterator[ast.FunctionDef]:
@@ -93,21 +83,31 @@ def test_shapes_are_checked():
         variance_of_means(torch.zeros(3))
 
 
-def test_every_module_has_a_floor():
+def test_every_room_has_a_floor():
     found = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     assert found - ENTRY_POINTS == FLOOR_OF.keys()
 
 
-@pytest.mark.parametrize("module", FLOOR_OF)
-def test_imports_go_downward_only(module):
-    for path in modules()[module]:
-        for other in imports(path) - {module} - ENTRY_POINTS:
-            assert FLOOR_OF[other] < FLOOR_OF[module], f"{path.name} imports {other}"
+@pytest.mark.parametrize("room", FLOOR_OF)
+def test_imports_go_downward_only(room):
+    for path in files(room):
+        for other in imports(path) - {room} - ENTRY_POINTS:
+            assert FLOOR_OF[other] < FLOOR_OF[room], f"{path.name} imports {other}"
 
 
-def test_estimators_know_nothing_of_vaes():
-    for path in modules()["estimators"]:
-        assert imports(path) <= {"estimators", "buffers", "optimizers"}
+def test_within_a_room_imports_do_not_run_in_a_circle():
+    for room in FLOOR_OF:
+        of = {path: imported_files(path) & set(files(room)) - {path} for path in files(room)}
+        of = {path: {p for p in others if p.name != "__init__.py"} for path, others in of.items()}
+        while free := {path for path, others in of.items() if not others & of.keys()}:
+            of = {path: others for path, others in of.items() if path not in free}
+        assert not of, f"{sorted(path.name for path in of)} import each other"
+
+
+def test_estimators_programs_and_variance_know_nothing_of_vaes():
+    for room in ("estimators", "programs", "variance"):
+        for path in files(room):
+            assert imports(path) <= {"estimators", "programs", "variance", "runtime"}, path
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyrovae import figures, pictures, runs
-from pyrovae.assessment import Examination
-from pyrovae.checkpoints import read_metrics
-from pyrovae.config import Config
-from pyrovae.data import Images
+from pyrovae.data.datasets import Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
-from pyrovae.evaluation import evaluate, pca_squared_error, squared_error
-from pyrovae.laboratory import Measurement
-from pyrovae.training import describe
+from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
+from pyrovae.figures import figures
+from pyrovae.runs import pictures
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.training.checkpoints import read_metrics
+from pyrovae.training.loop import describe
 from tests.test_cli import TINY, check_works, check_wrong_call
 from tests.test_figures import history
 

@@ -26,8 +26,8 @@ from pyrovae.estimators import (
     Rloo,
     StickingTheLanding,
 )
-from pyrovae.graphs import capture
-from pyrovae.pairs import leaves_of
+from pyrovae.programs.graphs import capture
+from pyrovae.programs.pairs import leaves_of
 from tests.test_graphs import traced
 
 F64 = torch.float64

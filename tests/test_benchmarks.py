@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks import iwae_table
 from pyrovae import load_dataset
-from pyrovae.graphs import capture
+from pyrovae.programs.graphs import capture
 from tests.test_graphs import traced
 
 SMALL = "-d digits --limit 200 --test-images 60 -K 20 --epochs 2.4 --growth 1 --cell vae-1 --cell iwae-5"

@@ -11,8 +11,6 @@ import pytest
 import torch
 from scipy import stats as distributions
 
-from pyrovae import bias
-from pyrovae.bias import check_bias
 from pyrovae.estimators import (
     AnalyticKL,
     Antithetic,
@@ -26,7 +24,9 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.variance import GradientStats, gradient_moments
+from pyrovae.variance import bias
+from pyrovae.variance.bias import check_bias
+from pyrovae.variance.moments import GradientStats, gradient_moments
 from tests.linear_gaussian import OFF, TABLED, by_parameter, measured, runs, stats_of
 
 F64 = torch.float64

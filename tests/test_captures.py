@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.graphs import Capture, CaptureWarning, NotCaptured
-from pyrovae.graphs.comparisons import compare
-from pyrovae.graphs.noise import Noise
-from pyrovae.random_states import preserved_random_states, random_states, set_random_states
+from pyrovae.programs.graphs import Capture, CaptureWarning, NotCaptured
+from pyrovae.programs.graphs.comparisons import compare
+from pyrovae.programs.graphs.noise import Noise
+from pyrovae.runtime.random_states import preserved_random_states, random_states, set_random_states
 from tests.test_graphs import traced
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the checks draw from Python's random module

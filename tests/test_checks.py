@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae import checks
-from pyrovae.checks import check_guide
-from pyrovae.guides import GUIDES, Guide
-from pyrovae.networks import CNN, MLP
+from pyrovae.guides import checks
+from pyrovae.guides.checks import check_guide
+from pyrovae.guides.guides import GUIDES, Guide
+from pyrovae.networks.networks import CNN, MLP
 from tests.combinations import SMALL
 from tests.test_guides import make_guide
 

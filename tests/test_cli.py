@@ -17,16 +17,19 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import pyrovae
-from pyrovae import bias, commands, comparison, laboratory, runs
-from pyrovae.checkpoints import read_metrics
-from pyrovae.cli import SUMMARIES, main
-from pyrovae.comparison import every_estimator
-from pyrovae.config import Config
-from pyrovae.data import DATASETS
+from pyrovae.cli import commands
+from pyrovae.cli.group import SUMMARIES, main
+from pyrovae.data.datasets import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides import GUIDES
-from pyrovae.likelihoods import LIKELIHOODS
-from pyrovae.networks import NETWORKS
+from pyrovae.guides.guides import GUIDES
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.networks.networks import NETWORKS
+from pyrovae.runs import laboratory
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.training.checkpoints import read_metrics
+from pyrovae.variance import bias, comparison
+from pyrovae.variance.comparison import every_estimator
 from tests.test_data import BAD_ARRAYS, Bomb
 
 CHECKOUT = Path(pyrovae.__file__).parents[1]
@@ -227,7 +230,7 @@ def imported_after(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "code", ["import pyrovae", "from pyrovae.cli import main\nmain(['--help'], standalone_mode=False)"]
+    "code", ["import pyrovae", "from pyrovae.cli.group import main\nmain(['--help'], standalone_mode=False)"]
 )
 def test_help_and_import_need_nothing_heavy(code):
     assert imported_after(code) == set()

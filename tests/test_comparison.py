@@ -12,12 +12,12 @@ import pyro
 import pytest
 import torch
 
-from pyrovae import bias, comparison
-from pyrovae.comparison import USUAL, Comparison, Row, compare, every_estimator, parse, snr_slopes
-from pyrovae.config import Config
 from pyrovae.estimators import ESTIMATORS, Dreg, Elbo, Iwae, Renyi, Rloo, RunningMean, StickingTheLanding
-from pyrovae.testbed import LinearGaussian
-from pyrovae.variance import gradient_moments
+from pyrovae.runs.config import Config
+from pyrovae.variance import bias, comparison
+from pyrovae.variance.comparison import USUAL, Comparison, Row, compare, every_estimator, parse, snr_slopes
+from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.testbed import LinearGaussian
 from tests.rounding import rounding
 from tests.test_per_datum import KINDS
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrovae import assessment, pictures, runs
-from pyrovae.assessment import Examination
-from pyrovae.config import Config
-from pyrovae.data import Images, load_dataset
-from pyrovae.evidence import annealed, importance_weighted, naive
-from pyrovae.likelihoods import LIKELIHOODS
-from pyrovae.networks import NETWORKS, ClassPlanes
-from pyrovae.training import fit
+from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.networks.networks import NETWORKS, ClassPlanes
+from pyrovae.runs import assessment, pictures
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config
+from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
 from tests.test_cli import TINY, check_works, check_wrong_call
 from tests.test_figures import tile

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pyrovae import runs
-from pyrovae.config import Config
-from pyrovae.data import DATASETS
+from pyrovae.data.datasets import DATASETS
 from pyrovae.estimators import ESTIMATORS, Renyi
-from pyrovae.guides import GUIDES, SCALE_HEADS
-from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
-from pyrovae.networks import ACTIVATIONS, NETWORKS
+from pyrovae.guides.guides import GUIDES, SCALE_HEADS
+from pyrovae.likelihoods.likelihoods import BINARIZATIONS, LIKELIHOODS
+from pyrovae.networks.networks import ACTIVATIONS, NETWORKS
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
 from tests.combinations import EVERY, EXISTING, FEW, KINDS, SMALL, refusal, several
 
 counts = st.integers(1, 10**6)

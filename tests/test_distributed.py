@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae import distributed, runs
-from pyrovae.config import Config
-from pyrovae.data import Images
+from pyrovae.data.datasets import Images
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.graphs import CaptureWarning
-from pyrovae.training import _Trainer, fit
+from pyrovae.programs.graphs import CaptureWarning
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runtime import distributed
+from pyrovae.training.loop import _Trainer, fit
 from tests.test_training import TINY
 
 pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")

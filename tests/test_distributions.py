@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.distributions import ExpTransform, Independent, Normal
 
-from pyrovae.distributions import Flow, GaussianMixture
+from pyrovae.guides.distributions import Flow, GaussianMixture
 
 F64 = torch.float64
 

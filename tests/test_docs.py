@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import pyrovae
-from pyrovae.cli import main
+from pyrovae.cli.group import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyrovae.data import Images
+from pyrovae.data.datasets import Images
 from pyrovae.estimators import (
     ESTIMATORS,
     AnalyticKL,
@@ -39,8 +39,8 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.testbed import NODES
-from pyrovae.training import fit
+from pyrovae.training.loop import fit
+from pyrovae.variance.testbed import NODES
 from tests.combinations import (
     EVERY,
     EXISTING,

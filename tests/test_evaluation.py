@@ -13,12 +13,9 @@ import torch
 from sklearn.datasets import make_blobs
 from torch import nn
 
-from pyrovae import assessment, runs
-from pyrovae.assessment import Assessment, Average, Bounds, Examination, Weighing
-from pyrovae.config import Config
-from pyrovae.data import Dataset, Images
+from pyrovae.data.datasets import Dataset, Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
-from pyrovae.evaluation import (
+from pyrovae.evaluation.bounds import (
     Probes,
     bits_per_dim,
     evaluate,
@@ -29,10 +26,14 @@ from pyrovae.evaluation import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evidence import bidirectional
-from pyrovae.guides import Guide
-from pyrovae.likelihoods import LIKELIHOODS
-from pyrovae.weights import Evidence
+from pyrovae.evaluation.evidence import bidirectional
+from pyrovae.evaluation.weights import Evidence
+from pyrovae.guides.guides import Guide
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.runs import assessment
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Assessment, Average, Bounds, Examination, Weighing
+from pyrovae.runs.config import Config
 from tests.rounding import nearly
 from tests.test_cli import call, check_works, check_wrong_call
 

@@ -22,11 +22,13 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 
 from benchmarks.faults.shared import Child, ForkedCell, command, equal
-from pyrovae import figures, locks, processes, runs
-from pyrovae.checkpoints import CheckpointError, load_checkpoint, read_metrics
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.training import _Trainer
+from pyrovae.cli.group import main
+from pyrovae.figures import figures
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runtime import locks, processes
+from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
+from pyrovae.training.loop import _Trainer
 from tests.test_training import assert_same_run
 
 pytestmark = [
@@ -288,7 +290,7 @@ def test_a_sweep_killed_in_its_first_moments_is_as_good_as_new(tmp_path, forked_
 
 
 def test_a_cell_is_a_program():
-    call = [sys.executable, "-m", "pyrovae.cell", "--version"]
+    call = [sys.executable, "-m", "pyrovae.cli.cell", "--version"]
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.wait(timeout=60) == 0
 

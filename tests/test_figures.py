@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pyrovae import figures
-from pyrovae.comparison import Row
-from pyrovae.intervals import Slope
+from pyrovae.figures import figures
 from pyrovae.vae import prior_grid
+from pyrovae.variance.comparison import Row
+from pyrovae.variance.intervals import Slope
 from tests.test_comparison import make_row
 
 TERMS = ("elbo", "reconstruction", "kl")

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae import assessment, data, files, pictures, runs, training
-from pyrovae.checkpoints import read_metrics
-from pyrovae.config import Config
-from pyrovae.data import Images, load_dataset
-from pyrovae.evaluation import evaluate, pca_squared_error, squared_error
-from pyrovae.laboratory import Measurement
+from pyrovae.data import datasets as data
+from pyrovae.data import files
+from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
+from pyrovae.runs import assessment, pictures
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.training import loop as training
+from pyrovae.training.checkpoints import read_metrics
 from tests.rounding import nearly
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
@@ -410,7 +414,7 @@ def test_runs_on_a_file_side_by_side(run, tmp_path):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from pyrovae import data
+from pyrovae.data import datasets as data
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

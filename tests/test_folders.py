@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from pyrovae.cli import main
-from pyrovae.data import load_dataset
-from pyrovae.folders import DataWarning, Folder, Remarks, _suffixes
+from pyrovae.cli.group import main
+from pyrovae.data.datasets import load_dataset
+from pyrovae.data.folders import DataWarning, Folder, Remarks, _suffixes
 
 
 def picture(file: Path, level: int = 100, mode: str = "L", size: tuple[int, int] = (6, 5)) -> Path:
@@ -111,7 +111,7 @@ def test_commands_say_it_in_one_line_and_once(tmp_path, monkeypatch):
         "--out",
         "run",
     ]
-    monkeypatch.setattr("pyrovae.runs._picture", lambda *args: None)
+    monkeypatch.setattr("pyrovae.runs.training._picture", lambda *args: None)
     line = f"Warning: {tmp_path / 'images'}: skipped 1 file of no image format (.txt)\n"
     done = CliRunner().invoke(main, tiny)
     assert (done.exit_code, done.stderr) == (0, line.replace(f"{tmp_path}/", ""))

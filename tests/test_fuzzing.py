@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrovae import pictures, runs
+from pyrovae.runs import pictures
+from pyrovae.runs import training as runs
 from tests import fuzzing
 
 MUTATIONS, PARTS = 300, 6  # all, and the tests that share them

@@ -13,9 +13,9 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
 from pyrovae.estimators import ESTIMATORS, Elbo, Iwae, LearnedBaseline, RunningMean
-from pyrovae.graphs import Capture, CaptureWarning, NotCaptured, capture, inductor
-from pyrovae.graphs.comparisons import compare
-from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.programs.graphs import Capture, CaptureWarning, NotCaptured, capture, inductor
+from pyrovae.programs.graphs.comparisons import compare
 from tests.combinations import EXISTING, FEW, KINDS, SMALL, several
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # a pair's parts are traced a thousand times

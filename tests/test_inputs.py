@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae import data, inputs, training
-from pyrovae.assessment import Examination
-from pyrovae.checks import check_guide
-from pyrovae.data import Dataset, Images
-from pyrovae.evaluation import evaluate, kl_per_image, latent_means, squared_error
-from pyrovae.evidence import annealed, importance_weighted, naive
-from pyrovae.guides import make_guide
-from pyrovae.inputs import check_codes, check_labels, check_layout, check_pixels, range_fault
-from pyrovae.laboratory import Measurement
-from pyrovae.likelihoods import LIKELIHOODS
-from pyrovae.networks import MLP
-from pyrovae.training import fit
+from pyrovae.data import datasets as data
+from pyrovae.data.datasets import Dataset, Images
+from pyrovae.evaluation.bounds import evaluate, kl_per_image, latent_means, squared_error
+from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
+from pyrovae.guides.checks import check_guide
+from pyrovae.guides.guides import make_guide
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.networks.networks import MLP
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.runtime import inputs
+from pyrovae.runtime.inputs import check_codes, check_labels, check_layout, check_pixels, range_fault
+from pyrovae.training import loop as training
+from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the errors are ours, not those of shapes

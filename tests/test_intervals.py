@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from pyrovae.intervals import _unskewed, log_pseudo_values, mean_limits, ratio_limits, slope, snr_limits
+from pyrovae.variance.intervals import (
+    _unskewed,
+    log_pseudo_values,
+    mean_limits,
+    ratio_limits,
+    slope,
+    snr_limits,
+)
 
 REPEATS = 400
 # Of a binomial count around 95 %, at a false-alarm rate of 1e-5: 0.895 to 0.99. Power: 5 % of coverage.

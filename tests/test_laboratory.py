@@ -11,11 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pyrovae import bias, comparison, runs
-from pyrovae.comparison import USUAL, Comparison, Row
-from pyrovae.config import Config
-from pyrovae.intervals import Slope
-from pyrovae.laboratory import (
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import (
     TESTBEDS,
     Measurement,
     directory_for,
@@ -26,9 +24,12 @@ from pyrovae.laboratory import (
     title,
     write,
 )
-from pyrovae.runs import RunError
-from pyrovae.testbed import LinearGaussian
-from pyrovae.training import fit
+from pyrovae.runs.training import RunError
+from pyrovae.training.loop import fit
+from pyrovae.variance import bias, comparison
+from pyrovae.variance.comparison import USUAL, Comparison, Row
+from pyrovae.variance.intervals import Slope
+from pyrovae.variance.testbed import LinearGaussian
 from tests.test_comparison import make_row
 
 TINY = Config(hidden=(8,), limit=(48, 32), epochs=2, batch_size=16, lr=0.01, figure_epochs=())

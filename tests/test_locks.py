@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pyrovae import locks
-from pyrovae.locks import LockedError, LockWarning, held, holder
+from pyrovae.runtime import locks
+from pyrovae.runtime.locks import LockedError, LockWarning, held, holder
 
 
 @contextmanager

@@ -10,14 +10,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrovae import checkpoints, commands, pictures, runs, sweep
-from pyrovae.checks import check_guide
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.data import Images, load_dataset
-from pyrovae.guides import make_guide
-from pyrovae.networks import MLP
-from pyrovae.training import fit
+from pyrovae.cli import commands
+from pyrovae.cli.group import main
+from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.guides.checks import check_guide
+from pyrovae.guides.guides import make_guide
+from pyrovae.networks.networks import MLP
+from pyrovae.runs import pictures
+from pyrovae.runs import sweeps as sweep
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.training import checkpoints
+from pyrovae.training.loop import fit
 
 TINY = {"epochs": 1, "limit": (20, 10), "hidden": (2,), "figure_epochs": ()}
 

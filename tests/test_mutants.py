@@ -70,7 +70,7 @@ def counted(n):
     return n
 """
 TESTS = """
-from pyrovae.likelihoods import counted, scaled, shifted
+from pyrovae.likelihoods.likelihoods import counted, scaled, shifted
 
 
 def test_scaled():

@@ -12,8 +12,8 @@ from pyro.nn import PyroModule, pyro_method
 from torch import nn
 
 from pyrovae.estimators import Elbo
-from pyrovae.pairs import leaves_of, noticed_modules, parameters_of, unchanged_buffers, untouched
-from pyrovae.variance import gradient_moments
+from pyrovae.programs.pairs import leaves_of, noticed_modules, parameters_of, unchanged_buffers, untouched
+from pyrovae.variance.moments import gradient_moments
 
 
 def noisy_net() -> nn.Module:

@@ -17,13 +17,13 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import constraints
 
-from pyrovae import per_draw
-from pyrovae.comparison import every_estimator, parse
 from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rloo, RunningMean, Vimco
-from pyrovae.graphs import Capture, CaptureWarning
-from pyrovae.likelihoods import LIKELIHOODS
-from pyrovae.per_draw import Gradient, NotVectorized
-from pyrovae.variance import GradientStats, gradient_moments
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.programs.graphs import Capture, CaptureWarning
+from pyrovae.variance import per_draw
+from pyrovae.variance.comparison import every_estimator, parse
+from pyrovae.variance.moments import GradientStats, gradient_moments
+from pyrovae.variance.per_draw import Gradient, NotVectorized
 from tests.combinations import KINDS, SMALL, adapt, refusal, several, takes
 from tests.test_graphs import traced
 
@@ -267,7 +267,7 @@ def test_results_do_not_depend_on_memory_by_factors(make_vae, monkeypatch):
 @pytest.fixture
 def by_factors(monkeypatch):
     """Which gradients were summed by their factors, as (draws, rows, in, out)."""
-    from pyrovae.variance import _Tally
+    from pyrovae.variance.moments import _Tally
 
     taken, add = [], _Tally._add_factors
 

@@ -10,9 +10,12 @@ from click.testing import CliRunner
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from pyrovae import data, figures, pictures, runs
-from pyrovae.cli import main
-from pyrovae.config import Config
+from pyrovae.cli.group import main
+from pyrovae.data import datasets as data
+from pyrovae.figures import figures
+from pyrovae.runs import pictures
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
 from tests.test_cli import call, check_works, check_wrong_call
 from tests.test_figures import history, numbered, shown, tile
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.pairs import modules_of
-from pyrovae.references import References, same
+from pyrovae.programs.pairs import modules_of
+from pyrovae.programs.references import References, same
 
 NET, SCALE, SETTINGS = nn.Linear(1, 1), 2.0, {"inner": [1.0, {"scale": 2.0}]}
 

@@ -18,12 +18,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyrovae import assessment, commands, laboratory, report, runs
-from pyrovae.assessment import Examination
-from pyrovae.checkpoints import read_metrics
-from pyrovae.cli import main
-from pyrovae.config import Config, flag
-from pyrovae.laboratory import Measurement
+from pyrovae.cli import commands
+from pyrovae.cli.group import main
+from pyrovae.report import page as report
+from pyrovae.runs import assessment, laboratory
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config, flag
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.training.checkpoints import read_metrics
 from tests.test_cli import check_works, check_wrong_call
 from tests.test_config import valid_settings
 

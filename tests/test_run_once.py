@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout
 
-from pyrovae.buffers import kept_buffers
 from pyrovae.estimators import (
     ESTIMATORS,
     Dreg,
@@ -23,7 +22,8 @@ from pyrovae.estimators import (
     StickingTheLanding,
     StlIwae,
 )
-from pyrovae.graphs import capture
+from pyrovae.programs.graphs import capture
+from pyrovae.runtime.buffers import kept_buffers
 from tests.combinations import EXISTING, KINDS, SMALL, several
 
 F64 = torch.float64

@@ -24,7 +24,7 @@ from pyrovae.estimators import (
     RunningMean,
     StickingTheLanding,
 )
-from pyrovae.graphs import capture
+from pyrovae.programs.graphs import capture
 from tests.linear_gaussian import given_noise, grid
 
 F64 = torch.float64

@@ -9,12 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrovae import assessment, laboratory, runs, sweep
-from pyrovae.assessment import Examination
-from pyrovae.checkpoints import CheckpointError, read_metrics
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.laboratory import Measurement
+from pyrovae.cli.group import main
+from pyrovae.runs import assessment, laboratory
+from pyrovae.runs import sweeps as sweep
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.training.checkpoints import CheckpointError, read_metrics
 
 TINY = {"epochs": 2, "limit": (20, 10), "hidden": (2,), "figure_epochs": ()}
 

@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from pyrovae import signals
-from pyrovae.signals import DeferredSignals, StoppingSignals
+from pyrovae.runtime import signals
+from pyrovae.runtime.signals import DeferredSignals, StoppingSignals
 
 
 def test_a_supervisor_s_and_a_launcher_s_signals_are_one_request():

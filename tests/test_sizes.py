@@ -19,12 +19,16 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from benchmarks.faults.shared import Child
-from pyrovae import checkpoints, data, folders, runs, sizes
-from pyrovae.checkpoints import load_checkpoint
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.data import load_dataset
-from pyrovae.sizes import Declared, declared_arrays
+from pyrovae.cli.group import main
+from pyrovae.data import datasets as data
+from pyrovae.data import folders
+from pyrovae.data.datasets import load_dataset
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runtime import sizes
+from pyrovae.runtime.sizes import Declared, declared_arrays
+from pyrovae.training import checkpoints
+from pyrovae.training.checkpoints import load_checkpoint
 
 LITTLE = 50_000_000  # bytes that a refused file may take
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyrovae.estimators import Elbo, Iwae, Rloo
-from pyrovae.graphs import CaptureWarning, capture
+from pyrovae.programs.graphs import CaptureWarning, capture
 from tests.test_graphs import traced
 
 pytestmark = pytest.mark.usefixtures("unchecked")

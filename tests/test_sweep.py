@@ -7,12 +7,12 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from pyrovae import sweep
-from pyrovae.checkpoints import read_metrics
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.processes import Processes
-from pyrovae.sweep import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes
+from pyrovae.cli.group import main
+from pyrovae.runs import sweeps as sweep
+from pyrovae.runs.config import Config
+from pyrovae.runs.sweeps import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes
+from pyrovae.runtime.processes import Processes
+from pyrovae.training.checkpoints import read_metrics
 
 pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")
 

@@ -27,7 +27,7 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.testbed import LinearGaussian, Truth
+from pyrovae.variance.testbed import LinearGaussian, Truth
 from tests.linear_gaussian import CASES, MILD, NAMES, TABLED, Copies, given_noise, grid, random_case
 
 # In standard errors. With 40 such comparisons here, two-sided, a false alarm in 2e-6 of runs.

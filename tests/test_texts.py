@@ -10,9 +10,15 @@ from matplotlib import cbook
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pyrovae import commands, figures, pictures, report, runs, sweep, texts
-from pyrovae.intervals import Slope
-from pyrovae.texts import in_figure, in_legend, in_markdown, printable, to_csv
+from pyrovae.cli import commands
+from pyrovae.figures import figures
+from pyrovae.report import page as report
+from pyrovae.runs import pictures
+from pyrovae.runs import sweeps as sweep
+from pyrovae.runs import training as runs
+from pyrovae.runtime import texts
+from pyrovae.runtime.texts import in_figure, in_legend, in_markdown, printable, to_csv
+from pyrovae.variance.intervals import Slope
 from tests.test_comparison import make_row
 from tests.test_figures import history, numbered
 

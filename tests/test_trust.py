@@ -12,21 +12,24 @@ import pytest
 from click.testing import CliRunner
 
 import pyrovae
-from pyrovae import commands, parts, pictures, runs
-from pyrovae.assessment import Examination
-from pyrovae.cli import SUMMARIES, main
-from pyrovae.config import Config
-from pyrovae.laboratory import Measurement
-from pyrovae.parts import Received, TrustError
-from pyrovae.processes import Processes
-from pyrovae.runs import RunError
+from pyrovae.cli import commands
+from pyrovae.cli.group import SUMMARIES, main
+from pyrovae.runs import pictures
+from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
+from pyrovae.runs.config import Config
+from pyrovae.runs.laboratory import Measurement
+from pyrovae.runs.training import RunError
+from pyrovae.runtime import parts
+from pyrovae.runtime.parts import Received, TrustError
+from pyrovae.runtime.processes import Processes
 
 TINY = {"limit": (16, 8), "batch_size": 8, "hidden": (4,), "epochs": 1, "figure_epochs": (), "compile": "off"}
 SPY = """
 import pathlib
 with open({mark!r}, "a") as file:
     print(__name__, file=file)
-from pyrovae.guides import Guide, MeanField
+from pyrovae.guides.guides import Guide, MeanField
 class G(MeanField):
     pass
 class Abstract(Guide):

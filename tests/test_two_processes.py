@@ -19,13 +19,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrovae import distributed, runs, training
-from pyrovae.checkpoints import load_checkpoint, read_metrics
-from pyrovae.cli import main
-from pyrovae.config import Config
-from pyrovae.data import Images
-from pyrovae.graphs import Step
-from pyrovae.training import DivergedError, _Trainer, fit
+from pyrovae.cli.group import main
+from pyrovae.data.datasets import Images
+from pyrovae.programs.graphs import Step
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runtime import distributed
+from pyrovae.training import loop as training
+from pyrovae.training.checkpoints import load_checkpoint, read_metrics
+from pyrovae.training.loop import DivergedError, _Trainer, fit
 from tests.test_graphs import traced
 from tests.test_training import tensors_equal
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import pyrovae
-from pyrovae import run_directories, runs, versions
-from pyrovae.config import Config
-from pyrovae.versions import recorded, version_of
+from pyrovae.runs import directories as run_directories
+from pyrovae.runs import training as runs
+from pyrovae.runs.config import Config
+from pyrovae.runtime import versions
+from pyrovae.runtime.versions import recorded, version_of
 
 CHECKOUT = Path(pyrovae.__file__).parents[1]
 
@@ -23,8 +25,8 @@ def discover(**about):
     return iter(()) if about.get("name") in hidden else find(**about)
 metadata.Distribution.discover = discover
 sys.path.insert(0, sys.argv[1])
-from pyrovae import runs
-from pyrovae.cli import main
+from pyrovae.runs import training as runs
+from pyrovae.cli.group import main
 runs._picture = lambda *args: None
 tiny = ["--epochs", "1", "--limit", "64/32", "--hidden", "4", "--figure-epochs", "", "--quiet"]
 for words in (["--version"], ["train", *tiny], ["evaluate", "runs/digits-bernoulli-1", "-K", "2", "--quiet"]):

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import genpareto
 from torch import Tensor
 
-from pyrovae import pareto
-from pyrovae.weights import Evidence, Tally
+from pyrovae.evaluation import pareto
+from pyrovae.evaluation.weights import Evidence, Tally
 
 F64 = torch.float64
 

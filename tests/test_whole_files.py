@@ -9,10 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pyrovae import locks
-from pyrovae.checkpoints import save_atomically
-from pyrovae.pictures import Latents
-from pyrovae.whole_files import (
+from pyrovae.runs.pictures import Latents
+from pyrovae.runtime import locks
+from pyrovae.runtime.whole_files import (
     WriteError,
     append_line,
     clear_temporary,
@@ -21,6 +20,7 @@ from pyrovae.whole_files import (
     save_figure,
     write_atomically,
 )
+from pyrovae.training.checkpoints import save_atomically
 
 LARGE = torch.zeros(10_000)
 WRITERS = {

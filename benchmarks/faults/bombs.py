@@ -19,7 +19,7 @@ import torch
 from numpy.lib import format as npy
 from shared import TINY, Child, command, prepare, report, workplace
 
-from pyrovae.checkpoints import load_checkpoint, save_atomically
+from pyrovae.training.checkpoints import load_checkpoint, save_atomically
 
 SECONDS, MEGABYTES = 5.0, 100
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 from shared import TINY, Child, command, differences, left_over, prepare, report, workplace
 
-from pyrovae.checkpoints import CheckpointError, load_checkpoint
+from pyrovae.training.checkpoints import CheckpointError, load_checkpoint
 
 CELLS = "--over latent_dim=1,2"
 CONFIGS = {

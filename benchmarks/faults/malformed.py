@@ -16,7 +16,7 @@ from shared import report, workplace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pyrovae import runs
+from pyrovae.runs import training as runs
 from tests import fuzzing
 
 MOST_MEMORY = 2 * 10**9  # bytes

@@ -24,9 +24,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from pyrovae import cell, processes
-from pyrovae.checkpoints import load_checkpoint
-from pyrovae.cli import main
+from pyrovae.cli import cell
+from pyrovae.cli.group import main
+from pyrovae.runtime import processes
+from pyrovae.training.checkpoints import load_checkpoint
 
 TINY = "--limit 64/32 -b 16 --hidden 8 --epochs 4 --figure-epochs 1,3 --compile off"
 ADOPTS_ORPHANS = 36  # Linux's PR_SET_CHILD_SUBREAPER

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pyrovae.buffers import kept_buffers
 from pyrovae.estimators.traces import Program, traced
+from pyrovae.runtime.buffers import kept_buffers
 
 # Functions that read nothing but the form of a tensor.
 _FORMS = {"__get__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous"}

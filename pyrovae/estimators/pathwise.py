@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyrovae.buffers import kept_buffers
 from pyrovae.estimators.antithetic import innermost
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.draws import Draws
+from pyrovae.runtime.buffers import kept_buffers
 
 
 class Elbo(Estimator):

@@ -15,7 +15,7 @@ from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import Site, check_one_plate
 from pyrovae.estimators.pathwise import Elbo
 from pyrovae.estimators.traces import replaced, sample_sites
-from pyrovae.optimizers import load_adam
+from pyrovae.runtime.optimizers import load_adam
 
 
 class Baselined(Elbo, abc.ABC):

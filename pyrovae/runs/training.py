@@ -1,0 +1,382 @@
+"""A run directory: made, trained into, continued, and loaded back.
+
+config.json     the settings, the data's shape and checksum, and versions: enough to rebuild
+metrics.jsonl   one line per epoch
+checkpoint.pt   the state to continue from
+best.pt         the parameters with the best validation objective
+figures/        pictures
+.lock           held by the process that writes to the run (see `locks`)
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from pyrovae.runtime import distributed
+from pyrovae.figures import figures
+from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
+from pyrovae.runs.config import LONG, Config
+from pyrovae.data.datasets import Dataset
+from pyrovae.runs.directories import (
+    LEFT,
+    RunError,
+    admit,
+    check_new,
+    describe,
+    new_directory,
+    read_config,
+    record,
+    same_data,
+)
+from pyrovae.runtime.schemas import Best, State
+from pyrovae.runtime.signals import DeferredSignals
+from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
+from pyrovae.vae import VAE, prior_grid
+from pyrovae.runtime.whole_files import (
+    clear_temporary,
+    is_new,
+    save_figure,
+    write_atomically,
+    write_errors,
+)
+
+PICTURED = 20  # images in a figure of reconstructions or samples
+ENCODED = 5000  # images at a time
+LAST_FIGURE = "curves"  # the last that is drawn: with it a finished run is complete
+MOST_ROWS = 50  # classes in a figure of samples
+GRID_SIDE = 20  # decoded points per side of the manifold
+# On resuming; the data only in place.
+MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
+
+
+class StoppedError(OSError):
+    """The system failed a run, which can go on from its last checkpoint when that is mended.
+
+    Attributes:
+        run: Its directory.
+    """
+
+    run: Path
+
+
+def train(
+    config: Config, *, out: str | Path | None = None, quiet: bool = True, trust: bool = False
+) -> tuple[Path, Fit]:
+    """Trains a new run and leaves its directory.
+
+    Args:
+        out: The directory, which must not exist or be empty; `runs/<dataset>-<likelihood>-<n>` if None.
+        quiet: No progress bar.
+        trust: Whether to import foreign code that only a file names: of settings read from a recipe, say.
+
+    Returns:
+        The directory, and how training went.
+
+    Raises:
+        TrustError: There is such code, and `trust` is False.
+        ValueError: The data or settings do not do; nothing was written.
+        LockedError: Another process is writing to the directory.
+        DivergedError: Training met a value that is not finite.
+        WriteError: The run could not be begun: there is no space, say.
+        StoppedError: Training was stopped by the system, and can go on by `resume`.
+
+    Example:
+        >>> run, result = train(Config(epochs=1, limit=(64, 32)), out="runs/first")
+        >>> load(run).sample(3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    config.admit(trust=trust)
+    with distributed.together():
+        device = distributed.own_device(config.device())
+    dataset = distributed.in_turn(config.make_dataset)
+    if distributed.world() > 1 and len(set(distributed.gathered(json.dumps(describe(dataset))))) > 1:
+        raise RunError(f"expected the same data for every process, got different ones of {config.dataset}")
+    steps = config.epochs * len(batch_sizes(len(dataset.train), config.batch_size))
+    chosen, config = config.compile, config.resolved(dataset.levels)
+    if chosen == "auto":  # decided once: a resumed run goes on in the same mode
+        config = replace(config, compile="on" if steps >= LONG else "off")
+    vae = config.make_vae_for(dataset)
+    check_trainable(vae, dataset.train, config.make_estimator(), config.batch_size)
+
+    settings = record(config, dataset)  # first, so that no directory is left where it fails
+    stem = Path("runs") / f"{Path(config.dataset).stem}-{config.likelihood}"
+    directory = distributed.from_first(lambda: new_directory(stem, out, LEFT))
+
+    def begin() -> None:
+        check_new(directory, LEFT)  # by now another process may have come and gone
+        write_atomically(directory / "config.json", settings)
+
+    with distributed.locked(directory):
+        distributed.from_first(begin)
+        if chosen == "auto" and not quiet and distributed.rank() == 0:
+            tqdm.write(f"compile {config.compile}, for {steps:,} steps", file=sys.stderr)
+        return directory, _fit(directory, config, dataset.to(device), vae.to(device), resume=False, quiet=quiet)
+
+
+def resume(
+    run: str | Path, *, changes: dict[str, Any] | None = None, quiet: bool = True, trust: bool = False
+) -> tuple[Path, Fit]:
+    """Continues a run to its end, as if it had never been interrupted.
+
+    Args:
+        changes: New values of settings in MAY_CHANGE; others must be as the run has them.
+        quiet: No progress bar.
+        trust: Whether to import foreign code that the run names.
+
+    Returns:
+        The directory, and how training went; a run that was over is left as it is.
+
+    Raises:
+        RunError: The directory is no run, its data have changed, a change is not allowed, or it names foreign
+            code and `trust` is False.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+        LockedError: Another process is writing to the run.
+        StoppedError: Training was stopped by the system, and can go on by `resume`.
+    """
+    directory = Path(run)
+    distributed.from_first(lambda: read_config(directory))  # no lock is left in what is no run
+    with distributed.locked(directory):
+        return directory, _resume(directory, changes or {}, quiet, trust)
+
+
+def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) -> Fit:
+    saved, described = distributed.from_first(lambda: read_config(directory))
+    config = _changed(saved, changes)
+    admit(directory, config, trust=trust)
+    with distributed.together():
+        device = distributed.own_device(config.device())
+    dataset = distributed.in_turn(config.make_dataset)
+    with distributed.together():
+        if not same_data(described, dataset, config):
+            raise RunError(
+                f"expected the data that {directory} was trained on, got others from {config.dataset}"
+            )
+    vae = config.make_vae(dataset.shape, dataset.levels, dataset.classes).to(device)
+
+    def begin() -> bool:
+        trained = not is_new(directory, LEFT)
+        if trained:
+            # Damaged files must not cost the run its settings: they are read before those are written.
+            if (directory / "best.pt").exists():
+                _load_best(directory, vae)
+            state = load_checkpoint(directory / "checkpoint.pt", device, holds=State)
+            with explained(directory / "checkpoint.pt"):
+                load_model(vae, state["model"])
+                done = state["progress"]["epoch"]
+            read_history(directory, done)
+            if config.epochs < done:
+                raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
+        if config != saved:
+            write_atomically(directory / "config.json", record(config, dataset))
+        return trained
+
+    trained = distributed.from_first(begin)
+    return _fit(directory, config, dataset.to(device), vae, resume=trained, quiet=quiet)
+
+
+def load(
+    run: str | Path, *, which: str = "best", device: torch.device | str = "cpu", trust: bool = False
+) -> VAE:
+    """A trained VAE, in evaluation mode.
+
+    Args:
+        which: "best", the parameters with the best validation objective, or "last".
+        trust: Whether to import foreign code that the run names, a guide of one's own, and so to run it. What
+            the program has imported already needs no trust.
+
+    Raises:
+        RunError: The directory is no run, or it names foreign code and `trust` is False.
+        CheckpointError: The checkpoint is missing, damaged or of another run.
+    """
+    files = {"best": "best.pt", "last": "checkpoint.pt"}
+    if which not in files:
+        raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "out of memory" in str(error):
+            raise
+        raise ValueError(f"expected a device that PyTorch has here, got {device}") from None
+    directory = Path(run)
+    config, data = read_config(directory)
+    path = directory / files[which]
+    if which == "best" and not path.exists() and (directory / files["last"]).exists():
+        raise RunError(
+            f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
+        )
+    state = load_checkpoint(path, device, holds=Best if which == "best" else State)
+    _check_weights(directory, path, state)
+    admit(directory, config, trust=trust)
+    with explained(path):
+        vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
+        load_model(vae, state["model"])
+    return vae.eval()
+
+
+def _check_weights(directory: Path, path: Path, state: dict[str, Any]) -> None:
+    """Checks that a run's settings declare no more weights than its checkpoint has, before they are made.
+
+    The encoder mirrors the decoder, but a guide need not have it.
+    """
+    config, data = read_config(directory)
+    with explained(path):
+        declared = config.decoder_weights(tuple(data["shape"]), data["levels"], data.get("classes", 0))
+        held = sum(tensor.numel() for tensor in state["model"].values())
+        if declared > held:
+            raise ValueError(
+                f"{held:,} weights, where {directory / 'config.json'} declares at least {declared:,}"
+            )
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    if changes.get("compile") == "auto":
+        changes = {name: value for name, value in changes.items() if name != "compile"}
+    merged = config.to_json() | changes
+    for name, value in merged.items():
+        if name not in MAY_CHANGE and value != getattr(config, name):
+            raise RunError(
+                f"expected {name} as the run has it, {getattr(config, name)}, got {value}: "
+                f"only {', '.join(MAY_CHANGE)} may change on resuming"
+            )
+    return Config.from_json(merged)
+
+
+def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume: bool, quiet: bool) -> Fit:
+    """Trains in a directory that is locked, and draws the figures."""
+    pictured = dataset.validation[:PICTURED]
+
+    def picture(epoch: int) -> None:
+        path = directory / "figures" / f"reconstructions-{epoch:04}.png"
+        if distributed.rank() == 0 and epoch in config.figure_epochs and not path.exists():
+            reconstructed = vae.reconstruct(pictured.pixels, pictured.labels)
+            save_figure(figures.reconstructions(pictured.pixels, reconstructed, f"epoch {epoch}"), path)
+
+    try:
+        with DeferredSignals():  # from where all processes meet to where they part, so that none leaves early
+            distributed.from_first(lambda: _prepare(directory))
+            result = fit(
+                vae,
+                dataset.train,
+                dataset.validation,
+                estimator=config.make_estimator(),
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                lr=config.lr,
+                kl_warmup=config.kl_warmup,
+                compile=config.compile == "on",
+                bf16=config.bf16,
+                patience=config.patience,
+                seed=config.seed,
+                directory=directory,
+                resume=resume,
+                on_epoch=picture,
+                quiet=quiet,
+            )
+            if result.progress.finished:
+                distributed.from_first(lambda: _picture(directory, dataset, vae))
+    except distributed.LostProcess:
+        raise
+    except OSError as error:
+        stopped = StoppedError(str(error))
+        stopped.run = directory
+        raise stopped from error
+    return result
+
+
+def _prepare(directory: Path) -> None:
+    """Makes the folder of figures, and clears away what an ended process has left."""
+    place = directory / "figures"
+    with write_errors(place):
+        place.mkdir(exist_ok=True)
+    for part in (directory, place):
+        clear_temporary(part)
+
+
+def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
+    """Draws the figures that a finished run lacks, of its best parameters and validation images, never test."""
+    _load_best(directory, vae)
+    images = dataset.validation
+    first = images[:PICTURED]
+
+    def codes() -> Figure:
+        parts = (images[start : start + ENCODED] for start in range(0, len(images), ENCODED))
+        z = torch.cat([vae.encode(part.pixels, part.labels) for part in parts])
+        return figures.latent_cloud(z, images.labels)
+
+    def manifold() -> Figure:
+        z, quantiles = prior_grid(GRID_SIDE)
+        rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
+        return figures.manifold(rows, quantiles)
+
+    def reconstructions() -> Figure:
+        shown = vae.reconstruct(first.pixels, first.labels)
+        return figures.reconstructions(first.pixels, shown, "validation images and their reconstructions")
+
+    plane = vae.latent_dim == 2 and not vae.posterior.discrete
+    drawn: dict[str, Callable[[], Figure]] = {
+        "reconstructions": reconstructions,
+        "samples": lambda: samples(vae, 5 * PICTURED),
+        **({"manifold": manifold} if plane and not vae.classes else {}),
+        **({"latent": codes} if plane else {}),
+        LAST_FIGURE: lambda: figures.curves(read_metrics(directory)),
+    }
+    for name, draw in drawn.items():
+        if not _is_drawn(directory, name):
+            save_figure(draw(), directory / "figures" / f"{name}.png")
+
+
+def _load_best(directory: Path, vae: VAE) -> None:
+    state = load_checkpoint(directory / "best.pt", vae.zeros.device, holds=Best)
+    with explained(directory / "best.pt"):
+        load_model(vae, state["model"])
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a run has finished, and has its figures.
+
+    Raises:
+        CheckpointError: It has no checkpoint, or a damaged one.
+    """
+    progress = load_checkpoint(directory / "checkpoint.pt", "cpu", holds=State)["progress"]
+    return bool(progress["finished"]) and _is_drawn(directory, LAST_FIGURE)
+
+
+def _is_drawn(directory: Path, name: str) -> bool:
+    """Whether there is this figure, of the last checkpoint and not of an earlier end of the run."""
+    try:
+        drawn = (directory / "figures" / f"{name}.png").stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    return drawn >= (directory / "checkpoint.pt").stat().st_mtime_ns
+
+
+def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:
+    """The expected images of draws from the prior, as square a grid of n as there is.
+
+    Of a conditional VAE and no label, a row for each class instead (for each of the first MOST_ROWS), of n
+    images in all or as few more as make rows of one length; a column has one z.
+    """
+    if not vae.classes or label is not None:
+        labels = None if label is None else torch.tensor([label])
+        side = math.ceil(math.sqrt(n))
+        rows = [
+            list(vae.decode(z, None if labels is None else labels.expand(len(z))).cpu())
+            for z in vae.draw(n, seed=seed).split(side)
+        ]
+        given = "z" if label is None else f"z, y = {label}"
+        return figures.grid(rows, f"E[x|{given}] for z from the prior")
+    shown = min(vae.classes, MOST_ROWS)
+    z = vae.draw(math.ceil(n / shown), seed=seed)
+    rows = [list(vae.decode(z, torch.full((len(z),), y)).cpu()) for y in range(shown)]
+    title = "E[x|z, y]: a class y in each row, a z from the prior in each column"
+    if shown < vae.classes:
+        title += f"; the first {shown} of {vae.classes:,} classes"
+    return figures.grid(rows, title, row_names=[str(y) for y in range(shown)])
