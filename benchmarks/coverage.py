@@ -3,10 +3,10 @@
     python -m benchmarks.coverage [--draws N]... [--repeats N]
     python -m benchmarks.coverage --slopes [--draws N]... [--repeats N]
 
-The subject is the linear-Gaussian pair of `pyrovae.LinearGaussian` at its default numbers, one datum. The table has
-a line for each estimator, from light tails to heavy: coverage of tr Cov, of its ratio to the plain estimator with
-the same noise, and of the signal-to-noise ratio. The tails are the kurtosis of a draw's squared distance from
-the mean, over all repeats; that of a normal distribution would be 3.
+The subject is the linear-Gaussian pair of `pyrovae.LinearGaussian` at its default numbers, one datum. The
+table has a line for each estimator, from light tails to heavy: coverage of tr Cov, of its ratio to the plain
+estimator with the same noise, and of the signal-to-noise ratio. The tails are the kurtosis of a draw's
+squared distance from the mean, over all repeats; that of a normal distribution would be 3.
 
 `--slopes` is about the slope of log SNR in log K of iwae's encoder, K = 1, 4, 16, 64, where q is the prior: how
 many measurements resolve it, and how many of the intervals that are printed then hold the slope of a long run.

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.data.datasets import Dataset, Images
 from pyrovae.evaluation.bounds import (
     ACTIVE,
@@ -28,17 +27,25 @@ from pyrovae.evaluation.bounds import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evaluation.evidence import Bidirectional, Progress, annealed, bidirectional, importance_weighted, naive
-from pyrovae.runtime.inputs import check_count
+from pyrovae.evaluation.evidence import (
+    Bidirectional,
+    Progress,
+    annealed,
+    bidirectional,
+    importance_weighted,
+    naive,
+)
 from pyrovae.evaluation.pareto import FEWEST_WEIGHTS, threshold
-from pyrovae.runtime.random_states import seeded
+from pyrovae.evaluation.weights import Evidence
 from pyrovae.runs.directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs.training import load
+from pyrovae.runtime.inputs import check_count
+from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, Examined, OfRun, State, check, converted, refused
-from pyrovae.vae import VAE
 from pyrovae.runtime.versions import recorded
-from pyrovae.evaluation.weights import Evidence
 from pyrovae.runtime.whole_files import write_atomically
+from pyrovae.training.checkpoints import load_checkpoint
+from pyrovae.vae import VAE
 
 MADE_WITH = (*VERSIONS, "scikit-learn")
 PROBED = 10_000  # training latents that the probes are fitted on, at most

@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pyrovae.figures import figures
-from pyrovae.variance.bias import BiasTest
-from pyrovae.training.checkpoints import load_checkpoint
-from pyrovae.variance.comparison import USUAL, Comparison, compare
-from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.data.datasets import Dataset
-from pyrovae.runtime.inputs import check_count
-from pyrovae.variance.intervals import Slope
-from pyrovae.runtime.random_states import seeded
+from pyrovae.figures import figures
+from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.runs.directories import RunError, new_directory, read_config
 from pyrovae.runs.training import load
+from pyrovae.runtime.inputs import check_count
+from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, OfModel, check, refused
-from pyrovae.variance.testbed import LinearGaussian
+from pyrovae.runtime.whole_files import save_figure, write_atomically
+from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
-from pyrovae.runtime.whole_files import save_figure, write_atomically
+from pyrovae.variance.bias import BiasTest
+from pyrovae.variance.comparison import USUAL, Comparison, compare
+from pyrovae.variance.intervals import Slope
+from pyrovae.variance.testbed import LinearGaussian
 
 TESTBEDS = {"linear-gaussian": LinearGaussian}
 FEW_DRAWS = 30  # effective ones, below which intervals hold less than they say

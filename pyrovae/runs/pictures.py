@@ -36,15 +36,15 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyrovae.data import datasets as sources
+from pyrovae.data.datasets import DATASETS, Images, default_data_dir, small_in_memory
+from pyrovae.data.files import FilePixels
+from pyrovae.evaluation.bounds import pca_squared_error, squared_error
 from pyrovae.figures import figures
 from pyrovae.runs import training as runs
-from pyrovae.training.checkpoints import read_metrics
 from pyrovae.runs.config import Config
-from pyrovae.data.datasets import DATASETS, Images, default_data_dir, small_in_memory
-from pyrovae.evaluation.bounds import pca_squared_error, squared_error
-from pyrovae.data.files import FilePixels
-from pyrovae.vae import VAE, prior_grid
 from pyrovae.runtime.whole_files import WriteError, replacing, save_figure, write_errors
+from pyrovae.training.checkpoints import read_metrics
+from pyrovae.vae import VAE, prior_grid
 
 SPLITS = ("train", "validation", "test", "all")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf", ".eps")

@@ -23,16 +23,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pyrovae.runtime import distributed, locks, schemas
-from pyrovae.training.checkpoints import CheckpointError, read_metrics
 from pyrovae.runs.config import Config
+from pyrovae.runs.training import is_complete
+from pyrovae.runtime import distributed, locks, schemas
 from pyrovae.runtime.parts import TrustError, is_foreign
 from pyrovae.runtime.processes import Processes
-from pyrovae.runs.training import is_complete
 from pyrovae.runtime.schemas import check, refused
 from pyrovae.runtime.signals import DeferredSignals, Interrupted
 from pyrovae.runtime.texts import in_markdown
 from pyrovae.runtime.whole_files import WriteError, clear_temporary, is_new, write_atomically, write_errors
+from pyrovae.training.checkpoints import CheckpointError, read_metrics
 
 if sys.version_info >= (3, 11):
     import tomllib

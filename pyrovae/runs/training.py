@@ -20,11 +20,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from pyrovae.runtime import distributed
-from pyrovae.figures import figures
-from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
-from pyrovae.runs.config import LONG, Config
 from pyrovae.data.datasets import Dataset
+from pyrovae.figures import figures
+from pyrovae.runs.config import LONG, Config
 from pyrovae.runs.directories import (
     LEFT,
     RunError,
@@ -36,10 +34,9 @@ from pyrovae.runs.directories import (
     record,
     same_data,
 )
+from pyrovae.runtime import distributed
 from pyrovae.runtime.schemas import Best, State
 from pyrovae.runtime.signals import DeferredSignals
-from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
-from pyrovae.vae import VAE, prior_grid
 from pyrovae.runtime.whole_files import (
     clear_temporary,
     is_new,
@@ -47,6 +44,9 @@ from pyrovae.runtime.whole_files import (
     write_atomically,
     write_errors,
 )
+from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
+from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
+from pyrovae.vae import VAE, prior_grid
 
 PICTURED = 20  # images in a figure of reconstructions or samples
 ENCODED = 5000  # images at a time

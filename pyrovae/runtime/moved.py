@@ -1,11 +1,11 @@
 """The names that modules had before they lay in packages, so that what imports them goes on working."""
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "annealing": "evaluation.annealing",
@@ -52,9 +52,7 @@ MOVED = {
 class Moved(MetaPathFinder, Loader):
     """Finds a module under its former name; both names mean the same module."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == "pyrovae" and name in MOVED else None
 

@@ -1,0 +1,1 @@
+"""Recipes of published experiments, as TOML files."""
