@@ -22,6 +22,7 @@ from torch.nn.functional import one_hot
 from pyrovae.evaluation.annealing import Point, anneal, anneal_back, schedule
 from pyrovae.evaluation.weights import Evidence, Tally
 from pyrovae.runtime.inputs import check_labels
+from pyrovae.runtime.random_states import seeded
 from pyrovae.vae import VAE
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
