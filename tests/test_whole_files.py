@@ -92,6 +92,14 @@ def test_temporary_files_of_the_dead_are_cleared_and_those_in_use_stay(tmp_path)
     clear_temporary(tmp_path / "none")
 
 
+def test_whoever_writes_a_file_clears_what_the_dead_have_left_of_it(tmp_path):
+    names = {".*.png.01234567.part", ".curves.png.01234567.part", ".*.png.of-mine.part"}
+    for name in names:
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "*.png", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == names - {".*.png.01234567.part"} | {"*.png"}
+
+
 def test_what_a_process_leaves_that_is_killed_early_is_as_good_as_new(tmp_path):
     def fill(*names: str) -> Path:
         place = tmp_path / str(len(list(tmp_path.iterdir())))

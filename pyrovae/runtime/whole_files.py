@@ -7,11 +7,12 @@ while it is written (see `locks`), so that the next process can tell it from one
 
 import contextlib
 import errno
+import glob
 import io
 import os
 import re
 import secrets
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,6 +66,8 @@ def write_errors(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing, which takes its place as a whole on leaving, or not at all.
 
+    Temporary files that ended processes have left of the same file are deleted.
+
     Raises:
         WriteError: It cannot be written: no space, no permission, no directory.
 
@@ -89,6 +92,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)  # which Windows allows of a closed file only
+            _clear(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -150,7 +154,11 @@ def is_new(directory: Path, left: Container[str] = ()) -> bool:
 
 def clear_temporary(directory: Path) -> None:
     """Deletes the temporary files that ended processes have left in a directory."""
-    for path in filter(_is_temporary, list(directory.iterdir()) if directory.is_dir() else ()):
+    _clear(directory.iterdir() if directory.is_dir() else ())
+
+
+def _clear(paths: Iterable[Path]) -> None:
+    for path in filter(_is_temporary, list(paths)):
         with contextlib.suppress(OSError), open(path, "r+b") as file:
             if locks.claim(file.fileno()):
                 path.unlink()
