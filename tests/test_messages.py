@@ -10,8 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrovae.cli import commands
 from pyrovae.cli.group import main
+from pyrovae.cli.messages import less_memory
 from pyrovae.data.datasets import Images, load_dataset
 from pyrovae.guides.checks import check_guide
 from pyrovae.guides.guides import make_guide
@@ -19,6 +19,7 @@ from pyrovae.networks.networks import MLP
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep
 from pyrovae.runs import training as runs
+from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.training import checkpoints
 from pyrovae.training.loop import fit
@@ -108,7 +109,7 @@ def test_out_of_memory_names_options_that_the_command_has(monkeypatch, command, 
 
     for module, name in [(runs, "train"), (runs, "read_config"), (runs, "load")]:
         monkeypatch.setattr(module, name, fail)
-    monkeypatch.setattr(commands.Examination, "of_run", fail)
+    monkeypatch.setattr(Examination, "of_run", fail)
     done = CliRunner().invoke(main, [command, *([] if command == "train" else ["run"])])
     assert (done.exit_code, done.stderr) == (1, f"Error: out of memory ({error}){remedy}\n")
 
@@ -117,7 +118,7 @@ def test_a_remedy_is_an_option_of_the_command():
     for name in ("train", "evaluate", "reconstruct", "sample", "latent", "encode"):
         command = main.get_command(click.Context(main), name)
         with click.Context(command):
-            words = commands._less_memory().replace(": lower ", "").split(" or ")
+            words = less_memory().replace(": lower ", "").split(" or ")
         assert set(filter(None, words)) <= {option for param in command.params for option in param.opts}
 
 

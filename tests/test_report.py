@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyrovae.cli import commands
 from pyrovae.cli.group import main
+from pyrovae.cli.train import train_command
 from pyrovae.report import page as report
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import training as runs
@@ -186,7 +186,7 @@ def test_the_bound_that_is_trained_is_shown_where_it_is_not_the_elbo(pages):
 
 def settings_of(words: list[str], levels: int) -> Config:
     """What the command line makes of these words."""
-    given = commands.train_command.make_context("train", words, parent=click.Context(main)).params
+    given = train_command.make_context("train", words, parent=click.Context(main)).params
     return Config(**{field.name: given[field.name] for field in fields(Config)}).resolved(levels)
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import pyrovae
-from pyrovae.cli import commands
+from pyrovae.cli.going_on import resuming
 from pyrovae.cli.group import SUMMARIES, main
 from pyrovae.runs import pictures
 from pyrovae.runs import training as runs
@@ -441,8 +441,8 @@ def test_the_command_that_goes_on_trusts_what_was_trusted(monkeypatch, made, mar
             .rstrip()
             .endswith(f"shared_run {ending}"[-len(ending) :])
         )
-    resuming = commands._resuming(click.Context(main, info_name="pyrovae"), Path("run"), True)
-    assert resuming.endswith(" train --resume run --trust")
+    again = resuming(click.Context(main, info_name="pyrovae"), Path("run"), True)
+    assert again.endswith(" train --resume run --trust")
 
 
 def test_a_received_name_is_as_good_as_a_text():

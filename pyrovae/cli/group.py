@@ -25,11 +25,13 @@ SUMMARIES = {
     "report": "Write all that is known of a run into one HTML file.",
     "list": "List likelihoods, networks, guides, estimators and datasets.",
 }
+PICTURES = ("reconstruct", "sample", "interpolate", "manifold", "latent", "side-by-side", "curves", "encode")
+MODULES = {name: "pictures" if name in PICTURES else name for name in SUMMARIES}  # where each command is
 
 
 @contextmanager
 def _without_usage() -> Iterator[None]:
-    """A wrong call is one line: click prints the usage before it only where the error has a context."""
+    """Reports a wrong call in one line: click prints the usage before it only if the error has a context."""
     try:
         yield
     except click.UsageError as error:
@@ -38,7 +40,7 @@ def _without_usage() -> Iterator[None]:
 
 
 class LazyGroup(click.Group):
-    """Answers `--help` from SUMMARIES; a command's module is imported when the command is asked for."""
+    """Answers `--help` from SUMMARIES, and imports a command's module when the command is called."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _without_usage():
@@ -57,7 +59,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUMMARIES:
             return None
-        return getattr(import_module("pyrovae.cli.commands"), f"{cmd_name.replace('-', '_')}_command")
+        module = import_module(f"pyrovae.cli.{MODULES[cmd_name]}")
+        return getattr(module, f"{cmd_name.replace('-', '_')}_command")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

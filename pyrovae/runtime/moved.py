@@ -15,7 +15,7 @@ MOVED = {
     "cell": "cli.cell",
     "checkpoints": "training.checkpoints",
     "checks": "guides.checks",
-    "commands": "cli.commands",
+    "commands": "cli",
     "comparison": "variance.comparison",
     "config": "runs.config",
     "distributed": "runtime.distributed",

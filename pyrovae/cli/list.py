@@ -1,0 +1,30 @@
+"""`pyrovae list`: names the parts that a model can be made of, and the datasets."""
+
+import inspect
+
+import click
+
+from pyrovae.cli.group import SUMMARIES
+from pyrovae.cli.messages import say
+from pyrovae.data.datasets import DATASETS
+from pyrovae.estimators import ESTIMATORS
+from pyrovae.guides.guides import GUIDES
+from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.networks.networks import NETWORKS
+
+
+def _list() -> None:
+    registries = {
+        "likelihoods": LIKELIHOODS,
+        "networks": NETWORKS,
+        "guides": GUIDES,
+        "estimators": ESTIMATORS,
+        "datasets": DATASETS,
+    }
+    for title, registry in registries.items():
+        say(f"{title}:")
+        for name, entry in registry.items():
+            say(f"  {name:<22}{inspect.getdoc(entry).splitlines()[0]}")
+
+
+list_command = click.Command("list", callback=_list, help=SUMMARIES["list"])
