@@ -104,6 +104,11 @@ def test_within_a_room_imports_do_not_run_in_a_circle():
         assert not of, f"{sorted(path.name for path in of)} import each other"
 
 
+def test_figures_know_nothing_of_what_computes_results():
+    for path in files("figures"):
+        assert imports(path) <= {"figures", "runtime"}, path
+
+
 def test_estimators_programs_and_variance_know_nothing_of_vaes():
     for room in ("estimators", "programs", "variance"):
         for path in files(room):

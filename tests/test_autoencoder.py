@@ -9,10 +9,10 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
+from pyrovae import figures
 from pyrovae.data.datasets import Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
-from pyrovae.figures import figures
 from pyrovae.runs import pictures
 from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination

@@ -22,8 +22,8 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 
 from benchmarks.faults.shared import Child, ForkedCell, command, equal
+from pyrovae import figures
 from pyrovae.cli.group import main
-from pyrovae.figures import figures
 from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime import locks, processes

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pyrovae.figures import figures
+from pyrovae import figures
 from pyrovae.vae import prior_grid
 from pyrovae.variance.comparison import Row
 from pyrovae.variance.intervals import Slope

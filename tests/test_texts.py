@@ -11,8 +11,7 @@ from matplotlib import cbook
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pyrovae import cli
-from pyrovae.figures import figures
+from pyrovae import cli, figures
 from pyrovae.report import page as report
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep

@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from pyrovae import figures
 from pyrovae.data.datasets import DATASETS
-from pyrovae.figures import figures
 from pyrovae.runs import assessment, laboratory, pictures
 from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Assessment, Average

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pyrovae import figures
 from pyrovae.data.datasets import Dataset
-from pyrovae.figures import figures
 from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.runs.directories import RunError, new_directory, read_config
 from pyrovae.runs.training import load

@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from pyrovae import figures
 from pyrovae.data.datasets import Dataset
-from pyrovae.figures import figures
 from pyrovae.runs.config import LONG, Config
 from pyrovae.runs.directories import (
     LEFT,
