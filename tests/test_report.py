@@ -18,9 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pyrovae import report
 from pyrovae.cli.group import main
 from pyrovae.cli.train import train_command
-from pyrovae.report import page as report
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination

@@ -11,8 +11,7 @@ from matplotlib import cbook
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pyrovae import cli, figures
-from pyrovae.report import page as report
+from pyrovae import cli, figures, report
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep
 from pyrovae.runs import training as runs
@@ -129,9 +128,9 @@ def test_a_page_shows_names_and_runs_none(tmp_path, monkeypatch):
         tables=[report.Table(name, [[name, name], [name, name]])],
         notes=[name],
     )
-    monkeypatch.setattr(report, "SECTIONS", [lambda subject: section])
-    monkeypatch.setattr(report, "_read", lambda *args: FakeSubject(tmp_path / "run\x1b"))
-    monkeypatch.setattr(report, "_lead", lambda config: name)
+    monkeypatch.setattr("pyrovae.report.page.SECTIONS", [lambda subject: section])
+    monkeypatch.setattr("pyrovae.report.page.read", lambda *args: FakeSubject(tmp_path / "run\x1b"))
+    monkeypatch.setattr("pyrovae.report.page.lead", lambda config: name)
     page = report.report(tmp_path)
     assert "<script" not in page
     assert page.count("&lt;script&gt;a()&lt;/script&gt; &amp; &#34;b&#34; &#39;c&#39; \\x1b[31m \\udcff") == 20

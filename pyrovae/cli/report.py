@@ -2,10 +2,10 @@
 
 import click
 
+from pyrovae import report as reports
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import CUDA, DATA_DIR, RUN, TRUST, device
-from pyrovae.report import page as reports
 
 
 def _report(run: str, out: str | None, cuda: bool, data_dir: str | None, trust: bool) -> None:
