@@ -103,12 +103,12 @@ def _isolated():
 def no_figures(monkeypatch):
     """A finished run is not pictured, which takes longer than a short run: the last of its figures is empty."""
 
-    from pyrovae.runs import training as runs
+    from pyrovae import runs
 
     def picture(directory: Path, *args) -> None:
         (directory / "figures" / f"{runs.LAST_FIGURE}.png").touch()
 
-    monkeypatch.setattr(runs, "_picture", picture)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", picture)
 
 
 @pytest.fixture

@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.data.datasets import load_dataset
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import sweeps as sweep
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
+from pyrovae.runs.sweeps import cells
 
 OUTSIDE = "outside_of_every_run"  # a module that no file may have imported
 NESTED: Any = []
@@ -306,7 +307,7 @@ def of_line(contents: bytes, generator: random.Random) -> bytes:
 
 
 def of_recipe(contents: bytes, generator: random.Random) -> bytes:
-    changed = mutated(sweep.tomllib.loads(contents.decode()), generator)
+    changed = mutated(cells.tomllib.loads(contents.decode()), generator)
     return as_recipe(changed if isinstance(changed, dict) else {"train": changed})
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyrovae import figures
+from pyrovae import figures, runs
 from pyrovae.data.datasets import Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
@@ -39,7 +38,7 @@ def made(tmp_path_factory):
         "others": {"held_out": 50},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         for name, settings in several.items():
             runs.train(Config(**OF_RUN, **settings), out=place / name)
     return place

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import pyrovae
+from pyrovae import runs
 from pyrovae.cli.group import MODULES, SUMMARIES, main
 from pyrovae.cli.train import train_command
 from pyrovae.data.datasets import DATASETS
@@ -26,7 +27,6 @@ from pyrovae.guides.guides import GUIDES
 from pyrovae.likelihoods.likelihoods import LIKELIHOODS
 from pyrovae.networks.networks import NETWORKS
 from pyrovae.runs import laboratory
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.training.checkpoints import read_metrics
 from pyrovae.variance import bias, comparison
@@ -90,8 +90,8 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def _without_figures(monkeypatch):
     """Runs leave no figures, which take most of the time of a tiny run."""
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
-    monkeypatch.setattr(runs.figures.Figure, "savefig", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -483,7 +483,7 @@ def printed(*args: str | Path) -> str:
 @pytest.fixture
 def _quickly(monkeypatch):
     """Results come without figures and with coarse p-values and timings, which take most of the time."""
-    monkeypatch.setattr(laboratory.figures.Figure, "savefig", lambda *args, **kwargs: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
     monkeypatch.setattr(bias, "FLIPS", 1000)
     monkeypatch.setattr(comparison, "TIMINGS", 1)
     bias._signs.cache_clear()

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pyrovae import runs
 from pyrovae.data.datasets import DATASETS
 from pyrovae.estimators import ESTIMATORS, Renyi
 from pyrovae.guides.guides import GUIDES, SCALE_HEADS
 from pyrovae.likelihoods.likelihoods import BINARIZATIONS, LIKELIHOODS
 from pyrovae.networks.networks import ACTIVATIONS, NETWORKS
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from tests.combinations import EVERY, EXISTING, FEW, KINDS, SMALL, refusal, several
 
@@ -343,7 +343,7 @@ def _own(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("_own")
 def test_a_guide_of_ones_own_is_named_by_its_module_and_class(monkeypatch):
-    monkeypatch.setattr(runs, "_picture", lambda *_: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *_: None)
     config = Config(
         guide="own_guides:Scaled",
         rank=4,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from pyrovae import runs
 from pyrovae.data.datasets import Images
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.programs.graphs import CaptureWarning
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed
 from pyrovae.training.loop import _Trainer, fit

@@ -13,6 +13,7 @@ import torch
 from sklearn.datasets import make_blobs
 from torch import nn
 
+from pyrovae import runs
 from pyrovae.data.datasets import Dataset, Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import (
@@ -31,7 +32,6 @@ from pyrovae.evaluation.weights import Evidence
 from pyrovae.guides.guides import Guide
 from pyrovae.likelihoods.likelihoods import LIKELIHOODS
 from pyrovae.runs import assessment
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Assessment, Average, Bounds, Examination, Weighing
 from pyrovae.runs.config import Config
 from tests.rounding import nearly

@@ -22,9 +22,9 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 
 from benchmarks.faults.shared import Child, ForkedCell, command, equal
-from pyrovae import figures
+from pyrovae import figures, runs
 from pyrovae.cli.group import main
-from pyrovae.runs import training as runs
+from pyrovae.runs import training
 from pyrovae.runs.config import Config
 from pyrovae.runtime import locks, processes
 from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
@@ -151,7 +151,7 @@ def test_a_figure_of_an_epoch_that_a_kill_came_before_is_drawn_by_the_next_proce
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "save_figure", die)
+        patch.setattr(training, "save_figure", die)
         with pytest.raises(KeyboardInterrupt):
             runs.train(TINY, out=tmp_path / "run")
     assert len(read_metrics(tmp_path / "run")) == 1
@@ -170,7 +170,7 @@ def test_figures_of_a_run_that_was_extended_and_killed_are_drawn_anew(tmp_path, 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", die)
+        patch.setattr("pyrovae.runs.training.draw_figures", die)
         with pytest.raises(KeyboardInterrupt):
             runs.resume(run, changes={"epochs": 3})
     assert not runs.is_complete(run)
@@ -197,13 +197,13 @@ def test_a_stopped_process_leaves_one_line_and_a_checkpoint_however_often_it_is_
 
 
 def test_a_signal_between_the_first_file_and_the_first_batch_is_not_lost(tmp_path, monkeypatch):
-    prepare = runs._prepare
+    prepare = training._prepare
 
     def told(directory: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         prepare(directory)
 
-    monkeypatch.setattr(runs, "_prepare", told)
+    monkeypatch.setattr(training, "_prepare", told)
     run, result = runs.train(TINY, out=tmp_path / "run")
     assert result.stopped_by == signal.SIGTERM
     assert load_checkpoint(run / "checkpoint.pt", "cpu")["progress"]["batch"] == 0

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from pyrovae import runs
 from pyrovae.data import datasets as data
 from pyrovae.data import files
 from pyrovae.data.datasets import Images, load_dataset
 from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
 from pyrovae.runs import assessment, pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
 from pyrovae.training import loop as training

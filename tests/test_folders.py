@@ -111,7 +111,7 @@ def test_commands_say_it_in_one_line_and_once(tmp_path, monkeypatch):
         "--out",
         "run",
     ]
-    monkeypatch.setattr("pyrovae.runs.training._picture", lambda *args: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
     line = f"Warning: {tmp_path / 'images'}: skipped 1 file of no image format (.txt)\n"
     done = CliRunner().invoke(main, tiny)
     assert (done.exit_code, done.stderr) == (0, line.replace(f"{tmp_path}/", ""))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 from tests import fuzzing
 
 MUTATIONS, PARTS = 300, 6  # all, and the tests that share them
@@ -17,7 +16,7 @@ MUTATIONS, PARTS = 300, 6  # all, and the tests that share them
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         place = tmp_path_factory.mktemp("fuzzing") / "made"
         place.mkdir()
         fuzzing.prepare(place)
@@ -26,7 +25,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
     monkeypatch.setattr(pictures, "save", lambda *args: None)  # the driver draws them
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyrovae import runs
 from pyrovae.data.datasets import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
 from pyrovae.evaluation.bounds import kl_per_image, latent_means
@@ -19,7 +20,6 @@ from pyrovae.guides.guides import GUIDES, BernoulliCode, Guide, MeanField
 from pyrovae.likelihoods.likelihoods import Bernoulli
 from pyrovae.networks.networks import MLP, NETWORKS, Encoder
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.training.loop import fit
@@ -222,7 +222,7 @@ def test_a_guide_takes_whatever_its_encoder_takes(name):
 
 @over_guides
 def test_a_run_is_saved_and_loaded(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_picture", lambda *_: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *_: None)
     parts = {"guide": name, "hidden": (6,), "limit": (16, 8)} | SMALL.get(name, {})
     how = {"bernoulli-code": {"estimator": "rloo"}, "point": {"estimator": "reconstruction"}}.get(name, {})
     run, _ = runs.train(Config(**parts, **how, epochs=1, figure_epochs=()), out=tmp_path / "run")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pyrovae.runs import training as runs
+from pyrovae import runs
 from pyrovae.runs.config import Config
+from pyrovae.runs.directories import RunError
 from pyrovae.runs.laboratory import (
     TESTBEDS,
     Measurement,
@@ -24,7 +25,6 @@ from pyrovae.runs.laboratory import (
     title,
     write,
 )
-from pyrovae.runs.training import RunError
 from pyrovae.training.loop import fit
 from pyrovae.variance import bias, comparison
 from pyrovae.variance.comparison import USUAL, Comparison, Row
@@ -45,7 +45,7 @@ def _fewer():
         patch.setattr(comparison, "WARMUP", 5)
         patch.setattr(comparison, "TIMINGS", 1)
         patch.setattr(comparison, "REFERENCE_PARTICLES", 4)
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         bias._signs.cache_clear()
         yield
     bias._signs.cache_clear()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.cli.messages import less_memory
 from pyrovae.data.datasets import Images, load_dataset
@@ -18,9 +19,9 @@ from pyrovae.guides.guides import make_guide
 from pyrovae.networks.networks import MLP
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
+from pyrovae.runs.pictures import codes, decoded
 from pyrovae.training import checkpoints
 from pyrovae.training.loop import fit
 
@@ -31,7 +32,7 @@ TINY = {"epochs": 1, "limit": (20, 10), "hidden": (2,), "figure_epochs": ()}
 def made(tmp_path_factory) -> Path:
     """A run of one epoch; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         return runs.train(Config(**TINY), out=tmp_path_factory.mktemp("made") / "run")[0]
 
 
@@ -107,8 +108,9 @@ def test_out_of_memory_names_options_that_the_command_has(monkeypatch, command, 
     def fail(*args, **kwargs):
         raise error
 
-    for module, name in [(runs, "train"), (runs, "read_config"), (runs, "load")]:
-        monkeypatch.setattr(module, name, fail)
+    monkeypatch.setattr(runs, "train", fail)
+    for module in (decoded, codes):
+        monkeypatch.setattr(module, "load", fail)
     monkeypatch.setattr(Examination, "of_run", fail)
     done = CliRunner().invoke(main, [command, *([] if command == "train" else ["run"])])
     assert (done.exit_code, done.stderr) == (1, f"Error: out of memory ({error}){remedy}\n")

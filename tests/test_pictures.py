@@ -10,12 +10,13 @@ from click.testing import CliRunner
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from pyrovae import figures
+from pyrovae import figures, runs
 from pyrovae.cli.group import main
 from pyrovae.data import datasets as data
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
+from pyrovae.runs.pictures.codes import principal_components
+from pyrovae.vae import VAE
 from tests.test_cli import call, check_works, check_wrong_call
 from tests.test_figures import history, numbered, shown, tile
 
@@ -38,7 +39,7 @@ def made(tmp_path_factory):
     colours = np.random.default_rng(0).random((40, SIDE, SIDE, CHANNELS)).astype(np.float32)
     np.savez(place / "colours.npz", images=colours)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         patch.chdir(place)
         for name, settings in RUNS.items():
             config = Config(**{"epochs": 2, "limit": (64, 32), "hidden": (16,), "figure_epochs": ()} | settings)
@@ -248,7 +249,7 @@ def test_latent_of_one_image_is_a_picture(made, name):
 
 
 def test_latent_of_a_collapsed_posterior_has_no_variance(made):
-    points, shares = pictures._principal_components(torch.ones(5, 3))
+    points, shares = principal_components(torch.ones(5, 3))
     assert torch.equal(points, torch.zeros(5, 2).double())
     assert shares == [0, 0]
 
@@ -313,7 +314,7 @@ def test_encode_gives_what_the_vae_encodes(made, name):
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_the_size_of_batches_changes_nothing(made, monkeypatch, size):
     expected = pictures.encode(made / "five", split="validation")
-    monkeypatch.setattr(pictures, "BATCH", size)
+    monkeypatch.setattr("pyrovae.runs.pictures.batches.BATCH", size)
     found = pictures.encode(made / "five", split="validation")
     torch.testing.assert_close(found.mean, expected.mean)
     torch.testing.assert_close(found.scale, expected.scale)
@@ -364,9 +365,7 @@ def test_a_guide_without_a_known_scale_has_none(made, monkeypatch):
     class Scaleless(torch.distributions.Normal):
         stddev = property(lambda self: (_ for _ in ()).throw(NotImplementedError))
 
-    monkeypatch.setattr(
-        pictures.VAE, "approximate_posterior", lambda self, x, y: Scaleless(torch.zeros(len(x), 2), 1.0)
-    )
+    monkeypatch.setattr(VAE, "approximate_posterior", lambda self, x, y: Scaleless(torch.zeros(len(x), 2), 1.0))
     assert pictures.encode(made / "plane").scale is None
 
 

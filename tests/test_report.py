@@ -18,11 +18,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyrovae import report
+from pyrovae import report, runs
 from pyrovae.cli.group import main
 from pyrovae.cli.train import train_command
 from pyrovae.runs import assessment, laboratory
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config, flag
 from pyrovae.runs.laboratory import Measurement
@@ -76,7 +75,7 @@ def made(tmp_path_factory) -> Path:
     colours = np.random.default_rng(0).random((40, 6, 6, 3)).astype(np.float32)
     np.savez(place / DATA, images=colours)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         patch.setattr(Figure, "savefig", lambda *args, **kwargs: None)  # the page has its own
         patch.chdir(place)
         for name, settings in RUNS.items():

@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import sweeps as sweep
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
@@ -25,8 +25,8 @@ TINY = {"epochs": 2, "limit": (20, 10), "hidden": (2,), "figure_epochs": ()}
 def made(tmp_path_factory) -> Path:
     """A run, judged and measured; not to be changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
-        patch.setattr(laboratory, "save_figure", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
+        patch.setattr("pyrovae.runs.laboratory.files.save_figure", lambda *args: None)
         run, _ = runs.train(Config(**TINY), out=tmp_path_factory.mktemp("made") / "run")
         assessment.write(run, Examination(particles=2, limit=4).of_run(run))
         (run / "variance-1").mkdir()
@@ -263,7 +263,7 @@ def test_the_parameters_of_an_earlier_version_s_checkpoint_are_loaded(run):
 
 def test_a_checkpoint_does_not_change_the_settings_of_the_optimizer(run, monkeypatch):
     rewritten(run / "checkpoint.pt", lambda state: state["optimizer"]["param_groups"][0].update(lr="fast"))
-    monkeypatch.setattr(runs, "_picture", lambda *args: None)
+    monkeypatch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
     _, result = runs.resume(run, changes={"epochs": 3})
     assert len(result.history) == 3
 

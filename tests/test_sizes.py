@@ -19,11 +19,11 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from benchmarks.faults.shared import Child
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.data import datasets as data
 from pyrovae.data import folders
 from pyrovae.data.datasets import load_dataset
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime import sizes
 from pyrovae.runtime.sizes import Declared, declared_arrays

@@ -8,9 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from pyrovae.cli.group import main
-from pyrovae.runs import sweeps as sweep
 from pyrovae.runs.config import Config
-from pyrovae.runs.sweeps import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes
+from pyrovae.runs.sweeps import Recipe, Sweep, SweepError, grid, name_of, read_recipe, recipes, sweeps
 from pyrovae.runtime.processes import Processes
 from pyrovae.training.checkpoints import read_metrics
 
@@ -156,7 +155,7 @@ def test_finished_cells_are_skipped_and_another_sweep_is_refused(tmp_path, in_pr
     ],
 )
 def test_an_exit_code_is_read_as_shells_do(code, ending):
-    assert sweep._ending(code, "first\nError: what it said\n") == ending
+    assert sweeps._ending(code, "first\nError: what it said\n") == ending
 
 
 @pytest.mark.parametrize("code", [1, 128])

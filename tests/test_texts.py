@@ -11,10 +11,9 @@ from matplotlib import cbook
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pyrovae import cli, figures, report
+from pyrovae import cli, figures, report, runs
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep
-from pyrovae.runs import training as runs
 from pyrovae.runtime import texts
 from pyrovae.runtime.texts import in_figure, in_legend, in_markdown, printable, to_csv
 from pyrovae.variance.intervals import Slope
@@ -215,7 +214,7 @@ def test_many_classes_make_no_endless_picture(make_vae):
 @pytest.mark.parametrize(("count", "title"), [(20, ""), (21, "the first 20 of 21 runs")])
 def test_a_legend_names_so_many_runs(monkeypatch, count, title):
     assert figures.MAX_NAMED == 100
-    monkeypatch.setattr(figures, "MAX_NAMED", 20)
+    monkeypatch.setattr("pyrovae.figures.histories.MAX_NAMED", 20)
     figure = figures.overlaid_curves({f"run {k}": history(1) for k in range(count)})
     assert figure.get_size_inches()[1] == 5
     (legend,) = figure.legends

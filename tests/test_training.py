@@ -18,13 +18,13 @@ from click.testing import CliRunner
 
 import pyrovae.training.checkpoints
 import pyrovae.training.loop
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.data import datasets as data
 from pyrovae.data.datasets import Images
 from pyrovae.evaluation.bounds import bits_per_dim, evaluate, without_constant
 from pyrovae.likelihoods.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.programs.graphs import CaptureWarning, Step
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
 from pyrovae.training.loop import Bfloat16Layers, DivergedError, describe, fit
@@ -151,7 +151,7 @@ def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes_bit_for_bit(
 def test_the_default_compiles_long_runs_only_and_keeps_to_its_choice(tmp_path, interrupt, traced, monkeypatch):
     steps = 4 * 5
     for threshold, choice in ((steps, "on"), (steps + 1, "off")):
-        monkeypatch.setattr(runs, "LONG", threshold)
+        monkeypatch.setattr("pyrovae.runs.training.LONG", threshold)
         interrupt(7)
         run, _ = runs.train(Config(**TINY), out=tmp_path / choice)
         assert runs.read_config(run)[0].compile == choice

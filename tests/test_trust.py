@@ -12,14 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 import pyrovae
+from pyrovae import runs
 from pyrovae.cli.going_on import resuming
 from pyrovae.cli.group import SUMMARIES, main
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
+from pyrovae.runs.directories import RunError
 from pyrovae.runs.laboratory import Measurement
-from pyrovae.runs.training import RunError
 from pyrovae.runtime import parts
 from pyrovae.runtime.parts import Received, TrustError
 from pyrovae.runtime.processes import Processes
@@ -47,7 +47,10 @@ def __getattr__(name):
 def made(tmp_path_factory) -> Path:
     """A run with two epochs' worth of files and no guide of one's own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda directory, *_: (directory / "figures" / "curves.png").touch())
+        patch.setattr(
+            "pyrovae.runs.training.draw_figures",
+            lambda directory, *_: (directory / "figures" / "curves.png").touch(),
+        )
         return runs.train(Config(**TINY), out=tmp_path_factory.mktemp("made") / "run")[0]
 
 

@@ -19,15 +19,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.data.datasets import Images
 from pyrovae.programs.graphs import Step
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed
 from pyrovae.training import loop as training
 from pyrovae.training.checkpoints import load_checkpoint, read_metrics
-from pyrovae.training.loop import DivergedError, _Trainer, fit
+from pyrovae.training.loop import DivergedError, Fit, _Trainer, fit
 from tests.test_graphs import traced
 from tests.test_training import tensors_equal
 
@@ -57,7 +57,7 @@ CASES += [("autoencoder", size, True) for size in (5, 3, 1)]  # name, size, whet
 def work(directory: Path) -> None:
     """All checks of one process, in order; what they find goes to a file."""
     torch.set_num_threads(1)
-    runs._picture = lambda *args: None
+    runs.training.draw_figures = lambda *args: None
     training.Step = partial(Step, backend=traced)  # to compile takes seconds
     with distributed.joined():
         rank, found = distributed.rank(), {}
@@ -198,10 +198,10 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(place) -> runs.Fit:
+def alone(place) -> Fit:
     """The run without noise by this one process; an interrupted copy of it lies in `of-one`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "_picture", lambda *args: None)
+        patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         _, result = runs.train(Config(**STILL), out=place / "alone")
         with interrupted(8, of_rank=0):
             runs.train(Config(**STILL), out=place / "of-one")

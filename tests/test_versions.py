@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import pyrovae
+from pyrovae import runs
 from pyrovae.runs import directories as run_directories
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime import versions
 from pyrovae.runtime.versions import recorded, version_of
@@ -25,9 +25,9 @@ def discover(**about):
     return iter(()) if about.get("name") in hidden else find(**about)
 metadata.Distribution.discover = discover
 sys.path.insert(0, sys.argv[1])
-from pyrovae.runs import training as runs
+from pyrovae import runs
 from pyrovae.cli.group import main
-runs._picture = lambda *args: None
+runs.training.draw_figures = lambda *args: None
 tiny = ["--epochs", "1", "--limit", "64/32", "--hidden", "4", "--figure-epochs", "", "--quiet"]
 for words in (["--version"], ["train", *tiny], ["evaluate", "runs/digits-bernoulli-1", "-K", "2", "--quiet"]):
     main(words, standalone_mode=False)

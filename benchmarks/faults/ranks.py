@@ -21,7 +21,7 @@ import click
 from shared import TINY, Child, command, differences, exit_code, left_over, prepare, report, workplace
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pyrovae.runs.training import is_complete
+from pyrovae.runs.drawing import is_complete
 
 LONG = f"{TINY} --limit 500/50 --epochs 9 -b 16"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
+from pyrovae import runs
 from pyrovae.cli.messages import EXIT_FAILED, fail, say
-from pyrovae.runs import training as runs
 from pyrovae.runtime import distributed
 from pyrovae.runtime.signals import Interrupted
 

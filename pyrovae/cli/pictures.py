@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
+from pyrovae import runs
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import DATA_DIR, IMAGES, RUN, Parsed, counts, device, loading
 from pyrovae.runs import pictures
-from pyrovae.runs import training as runs
 
 
 def _picture(run: str, out: str | None, dpi: int, cuda: bool, **settings: Any) -> None:

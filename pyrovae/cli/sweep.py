@@ -8,13 +8,12 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from pyrovae import figures
+from pyrovae import figures, runs
 from pyrovae.cli.going_on import same_again
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import EXIT_FAILED, fail, one_line_errors, say
 from pyrovae.cli.options import AUTOENCODER, SHORTHAND, TRUST, given_in, option_of, with_shorthand
 from pyrovae.runs import sweeps
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runtime.signals import StoppingSignals
 from pyrovae.runtime.texts import printable, to_csv

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pyrovae import runs
 from pyrovae.cli.going_on import resuming, way_on
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import one_line_errors, say
@@ -14,7 +15,6 @@ from pyrovae.cli.options import SHORTHAND, TRUST, given_in, option_of, with_shor
 from pyrovae.evaluation.bounds import bits_per_dim
 from pyrovae.programs.graphs import start_workers
 from pyrovae.runs import sweeps
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config, flag
 from pyrovae.runtime import distributed
 from pyrovae.runtime.parts import is_foreign

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from pyrovae import runs
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import TRUST, Parsed, counts, given_in, option_of
-from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import TESTBEDS, Measurement, results_directory, table, write
 from pyrovae.variance.comparison import Comparison, every_estimator

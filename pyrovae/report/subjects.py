@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyrovae import runs
 from pyrovae.runs import assessment, laboratory, pictures
-from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Assessment
 from pyrovae.runs.config import Config
 from pyrovae.runs.directories import read_settings

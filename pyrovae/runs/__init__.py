@@ -3,9 +3,11 @@
 from pyrovae.runtime.lazily import lazily
 
 _NAMES_OF = {
-    "training": ["train", "resume", "load", "is_complete", "StoppedError"],
+    "training": ["train", "resume", "StoppedError", "MAY_CHANGE"],
+    "loading": ["load"],
+    "drawing": ["samples", "is_complete", "PICTURED", "ENCODED", "LAST_FIGURE", "MOST_ROWS", "GRID_SIDE"],
     "config": ["Config"],
-    "directories": ["read_config"],
+    "directories": ["RunError", "admit", "new_directory", "read_config"],
     "sweeps": ["Recipe", "Sweep", "read_recipe", "recipes"],
     "assessment": ["Examination", "Assessment"],
     "laboratory": ["Measurement"],

@@ -1,4 +1,4 @@
-"""A run directory: made, trained into, continued, and loaded back.
+"""A run directory: made, trained into, and continued.
 
 config.json     the settings, the data's shape and checksum, and versions: enough to rebuild
 metrics.jsonl   one line per epoch
@@ -9,15 +9,11 @@ figures/        pictures
 """
 
 import json
-import math
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from pyrovae import figures
@@ -34,25 +30,16 @@ from pyrovae.runs.directories import (
     record,
     same_data,
 )
+from pyrovae.runs.drawing import PICTURED, draw_figures
+from pyrovae.runs.loading import load_best
 from pyrovae.runtime import distributed
-from pyrovae.runtime.schemas import Best, State
+from pyrovae.runtime.schemas import State
 from pyrovae.runtime.signals import DeferredSignals
-from pyrovae.runtime.whole_files import (
-    clear_temporary,
-    is_new,
-    save_figure,
-    write_atomically,
-    write_errors,
-)
-from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
+from pyrovae.runtime.whole_files import clear_temporary, is_new, save_figure, write_atomically, write_errors
+from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history
 from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
-from pyrovae.vae import VAE, prior_grid
+from pyrovae.vae import VAE
 
-PICTURED = 20  # images in a figure of reconstructions or samples
-ENCODED = 5000  # images at a time
-LAST_FIGURE = "curves"  # the last that is drawn: with it a finished run is complete
-MOST_ROWS = 50  # classes in a figure of samples
-GRID_SIDE = 20  # decoded points per side of the manifold
 # On resuming; the data only in place.
 MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
 
@@ -89,6 +76,7 @@ def train(
         StoppedError: Training was stopped by the system, and can go on by `resume`.
 
     Example:
+        >>> from pyrovae import load
         >>> run, result = train(Config(epochs=1, limit=(64, 32)), out="runs/first")
         >>> load(run).sample(3).shape
         torch.Size([3, 1, 8, 8])
@@ -166,7 +154,7 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) 
         if trained:
             # Damaged files must not cost the run its settings: they are read before those are written.
             if (directory / "best.pt").exists():
-                _load_best(directory, vae)
+                load_best(directory, vae)
             state = load_checkpoint(directory / "checkpoint.pt", device, holds=State)
             with explained(directory / "checkpoint.pt"):
                 load_model(vae, state["model"])
@@ -180,60 +168,6 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) 
 
     trained = distributed.from_first(begin)
     return _fit(directory, config, dataset.to(device), vae, resume=trained, quiet=quiet)
-
-
-def load(
-    run: str | Path, *, which: str = "best", device: torch.device | str = "cpu", trust: bool = False
-) -> VAE:
-    """A trained VAE, in evaluation mode.
-
-    Args:
-        which: "best", the parameters with the best validation objective, or "last".
-        trust: Whether to import foreign code that the run names, a guide of one's own, and so to run it. What
-            the program has imported already needs no trust.
-
-    Raises:
-        RunError: The directory is no run, or it names foreign code and `trust` is False.
-        CheckpointError: The checkpoint is missing, damaged or of another run.
-    """
-    files = {"best": "best.pt", "last": "checkpoint.pt"}
-    if which not in files:
-        raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if "out of memory" in str(error):
-            raise
-        raise ValueError(f"expected a device that PyTorch has here, got {device}") from None
-    directory = Path(run)
-    config, data = read_config(directory)
-    path = directory / files[which]
-    if which == "best" and not path.exists() and (directory / files["last"]).exists():
-        raise RunError(
-            f"expected the best of at least one epoch in {path}, got no such file: resume the run first"
-        )
-    state = load_checkpoint(path, device, holds=Best if which == "best" else State)
-    _check_weights(directory, path, state)
-    admit(directory, config, trust=trust)
-    with explained(path):
-        vae = config.make_vae(tuple(data["shape"]), data["levels"], data.get("classes", 0)).to(device)
-        load_model(vae, state["model"])
-    return vae.eval()
-
-
-def _check_weights(directory: Path, path: Path, state: dict[str, Any]) -> None:
-    """Checks that a run's settings declare no more weights than its checkpoint has, before they are made.
-
-    The encoder mirrors the decoder, but a guide need not have it.
-    """
-    config, data = read_config(directory)
-    with explained(path):
-        declared = config.decoder_weights(tuple(data["shape"]), data["levels"], data.get("classes", 0))
-        held = sum(tensor.numel() for tensor in state["model"].values())
-        if declared > held:
-            raise ValueError(
-                f"{held:,} weights, where {directory / 'config.json'} declares at least {declared:,}"
-            )
 
 
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -281,7 +215,7 @@ def _fit(directory: Path, config: Config, dataset: Dataset, vae: VAE, *, resume:
                 quiet=quiet,
             )
             if result.progress.finished:
-                distributed.from_first(lambda: _picture(directory, dataset, vae))
+                distributed.from_first(lambda: draw_figures(directory, dataset, vae))
     except distributed.LostProcess:
         raise
     except OSError as error:
@@ -298,85 +232,3 @@ def _prepare(directory: Path) -> None:
         place.mkdir(exist_ok=True)
     for part in (directory, place):
         clear_temporary(part)
-
-
-def _picture(directory: Path, dataset: Dataset, vae: VAE) -> None:
-    """Draws the figures that a finished run lacks, of its best parameters and validation images, never test."""
-    _load_best(directory, vae)
-    images = dataset.validation
-    first = images[:PICTURED]
-
-    def codes() -> Figure:
-        parts = (images[start : start + ENCODED] for start in range(0, len(images), ENCODED))
-        z = torch.cat([vae.encode(part.pixels, part.labels) for part in parts])
-        return figures.latent_cloud(z, images.labels)
-
-    def manifold() -> Figure:
-        z, quantiles = prior_grid(GRID_SIDE)
-        rows = torch.stack([vae.decode(row) for row in z])  # at once they may not fit in memory
-        return figures.manifold(rows, quantiles)
-
-    def reconstructions() -> Figure:
-        shown = vae.reconstruct(first.pixels, first.labels)
-        return figures.reconstructions(first.pixels, shown, "validation images and their reconstructions")
-
-    plane = vae.latent_dim == 2 and not vae.posterior.discrete
-    drawn: dict[str, Callable[[], Figure]] = {
-        "reconstructions": reconstructions,
-        "samples": lambda: samples(vae, 5 * PICTURED),
-        **({"manifold": manifold} if plane and not vae.classes else {}),
-        **({"latent": codes} if plane else {}),
-        LAST_FIGURE: lambda: figures.curves(read_metrics(directory)),
-    }
-    for name, draw in drawn.items():
-        if not _is_drawn(directory, name):
-            save_figure(draw(), directory / "figures" / f"{name}.png")
-
-
-def _load_best(directory: Path, vae: VAE) -> None:
-    state = load_checkpoint(directory / "best.pt", vae.zeros.device, holds=Best)
-    with explained(directory / "best.pt"):
-        load_model(vae, state["model"])
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether a run has finished, and has its figures.
-
-    Raises:
-        CheckpointError: It has no checkpoint, or a damaged one.
-    """
-    progress = load_checkpoint(directory / "checkpoint.pt", "cpu", holds=State)["progress"]
-    return bool(progress["finished"]) and _is_drawn(directory, LAST_FIGURE)
-
-
-def _is_drawn(directory: Path, name: str) -> bool:
-    """Whether there is this figure, of the last checkpoint and not of an earlier end of the run."""
-    try:
-        drawn = (directory / "figures" / f"{name}.png").stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
-    return drawn >= (directory / "checkpoint.pt").stat().st_mtime_ns
-
-
-def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:
-    """The expected images of draws from the prior, as square a grid of n as there is.
-
-    Of a conditional VAE and no label, a row for each class instead (for each of the first MOST_ROWS), of n
-    images in all or as few more as make rows of one length; a column has one z.
-    """
-    if not vae.classes or label is not None:
-        labels = None if label is None else torch.tensor([label])
-        side = math.ceil(math.sqrt(n))
-        rows = [
-            list(vae.decode(z, None if labels is None else labels.expand(len(z))).cpu())
-            for z in vae.draw(n, seed=seed).split(side)
-        ]
-        given = "z" if label is None else f"z, y = {label}"
-        return figures.grid(rows, f"E[x|{given}] for z from the prior")
-    shown = min(vae.classes, MOST_ROWS)
-    z = vae.draw(math.ceil(n / shown), seed=seed)
-    rows = [list(vae.decode(z, torch.full((len(z),), y)).cpu()) for y in range(shown)]
-    title = "E[x|z, y]: a class y in each row, a z from the prior in each column"
-    if shown < vae.classes:
-        title += f"; the first {shown} of {vae.classes:,} classes"
-    return figures.grid(rows, title, row_names=[str(y) for y in range(shown)])

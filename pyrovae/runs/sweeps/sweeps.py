@@ -1,168 +1,28 @@
-"""Grids of training runs: one run directory for each cell, continued after a kill, summed up in a table.
+"""The directory in which the cells of a recipe are run, each by a process of its own."""
 
-sweep.json      the cells: what each sets, beside what they share
-cells/          each cell's settings as a recipe, and what its process printed
-<cell>/         its run directory
-.lock           held by the process that runs the sweep (see `locks`)
-results.csv     the table: mean and spread over seeds; results.md the same for reading
-curves.png      validation ELBO of all runs over epochs
-"""
-
-import itertools
 import json
-import math
 import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyrovae.runs.config import Config
-from pyrovae.runs.training import is_complete
+from pyrovae.runs.drawing import is_complete
+from pyrovae.runs.sweeps.cells import Recipe, Settings, SweepError, name_of, text_of
+from pyrovae.runs.sweeps.tables import METRICS, metrics_of
 from pyrovae.runtime import distributed, locks, schemas
-from pyrovae.runtime.parts import TrustError, is_foreign
 from pyrovae.runtime.processes import Processes
 from pyrovae.runtime.schemas import check, refused
 from pyrovae.runtime.signals import DeferredSignals, Interrupted
-from pyrovae.runtime.texts import in_markdown
 from pyrovae.runtime.whole_files import WriteError, clear_temporary, is_new, write_atomically, write_errors
 from pyrovae.training.checkpoints import CheckpointError, read_metrics
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-MOST_CELLS = 10_000
 ORPHANED = 60.0  # seconds for a cell whose sweep was killed to save its state and end
-Settings = dict[str, Any]
-METRICS = {
-    "loss_without_constant": "final training loss, SSE/(2c) + KL",
-    "elbo": "final training ELBO",
-    "validation_elbo": "best validation ELBO",
-    "validation_reconstruction": "best validation reconstruction",  # of an autoencoder, which has no ELBO
-}  # columns of the table, in nats per image
-
-
-class SweepError(ValueError):
-    """A recipe or a sweep's directory is not what it should be."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An experiment: settings that its cells share, and those of each cell.
-
-    Attributes:
-        cells: For each cell, what it sets beyond `shared`.
-        shared: Settings of all cells.
-        description: What the experiment is.
-
-    Raises:
-        SweepError: A cell's settings are no Config.
-    """
-
-    cells: tuple[Settings, ...]
-    shared: Settings
-    description: str = ""
-
-    def __post_init__(self):
-        for cell in self.cells:
-            try:
-                self.config(cell)
-            except ValueError as error:
-                raise SweepError(f"{error}{_in(cell)}") from None
-
-    def admit(self, *, trust: bool) -> bool:
-        """Imports what the cells name of one's own, if trusted, so that no cell starts with a wrong name.
-
-        Returns:
-            Whether there is foreign code, which the cells must be told to trust.
-
-        Raises:
-            TrustError: A cell names foreign code that is not trusted.
-            SweepError: A cell names foreign code that is not there.
-        """
-        configs = [self.config(cell) for cell in self.cells]
-        for cell, config in zip(self.cells, configs, strict=True):
-            try:
-                config.admit(trust=trust)
-            except TrustError:
-                raise
-            except ValueError as error:
-                raise SweepError(f"{error}{_in(cell)}") from None
-        return any(is_foreign(config.guide) for config in configs)
-
-    def config(self, cell: Settings) -> Config:
-        """A cell's settings as a whole."""
-        return Config.from_json(_typed(self.shared | cell))
-
-
-def grid(over: Mapping[str, Sequence[Any]], variants: Sequence[Settings] = ({},)) -> tuple[Settings, ...]:
-    """Every combination of values, for each variant.
-
-    Raises:
-        SweepError: They are more than MOST_CELLS.
-    """
-    number = len(variants) * math.prod(map(len, over.values()))
-    if number > MOST_CELLS:
-        raise SweepError(f"expected at most {MOST_CELLS:,} runs, got {number:,}")
-    products = itertools.product(*over.values())
-    combinations = [dict(zip(over, values, strict=True)) for values in products]
-    return tuple(variant | combination for variant in variants for combination in combinations)
-
-
-def without_repeats(cells: Sequence[Settings], settings: Settings) -> tuple[Settings, ...]:
-    """The cells without these settings, each once."""
-    left = [{name: value for name, value in cell.items() if name not in settings} for cell in cells]
-    return tuple(cell for i, cell in enumerate(left) if cell not in left[:i])
-
-
-def read_recipe(name: str) -> Recipe:
-    """A recipe by its name in pyrovae/recipes, or by the path of a TOML file.
-
-    `[train]` has the settings that all runs share; `[over]` lists of values, every combination of
-    which is a cell; each `[[variants]]` further settings of a set of cells.
-
-    Raises:
-        SweepError: There is no such recipe, or it is not one.
-    """
-    path = Path(name) if name.lower().endswith(".toml") else files("pyrovae.runs.recipes") / f"{name}.toml"
-    try:
-        text = path.read_bytes()
-    except OSError:
-        raise SweepError(f"expected recipe in {', '.join(recipes())} or a .toml file, got {name!r}") from None
-    with refused(SweepError, f"recipe in TOML at {name}"):
-        contents = tomllib.loads(text.decode())
-        check(contents, schemas.Recipe)
-    unknown = contents.keys() - schemas.Recipe.__annotations__.keys()
-    if unknown:
-        raise SweepError(
-            f"expected recipe with description, train, over and variants, got {sorted(unknown)[0]}"
-        )
-    cells = grid(contents.get("over", {}), contents.get("variants", [{}]))
-    return Recipe(cells, contents.get("train", {}), contents.get("description", ""))
-
-
-def recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    return sorted(p.name.removesuffix(".toml") for p in files("pyrovae.runs.recipes").iterdir())
-
-
-def name_of(cell: Settings) -> str:
-    """A cell's directory: what it sets, or "run" for the only cell, which sets nothing."""
-    text = "_".join(f"{name}-{_text(value)}" for name, value in cell.items())
-    return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text) or "run"
-
-
-def _in(cell: Settings) -> str:
-    """Names the cell at the end of an error, where there are several."""
-    return f" in the cell {name_of(cell)}" if cell else ""
 
 
 @dataclass(frozen=True)
@@ -296,10 +156,10 @@ class Sweep:
             run = self.directory / name_of(cell)
             if _state(run) == "finished":
                 settings = {name: value for name, value in cell.items() if name != "seed"}
-                groups.setdefault(name_of(settings), (settings, []))[1].append(_metrics(run))
+                groups.setdefault(name_of(settings), (settings, []))[1].append(metrics_of(run))
         rows = []
         for settings, found in groups.values():
-            row = {name: _text(value) for name, value in settings.items()} | {"seeds": len(found)}
+            row = {name: text_of(value) for name, value in settings.items()} | {"seeds": len(found)}
             for metric in METRICS:
                 values = [one[metric] for one in found if one[metric] is not None]
                 row[metric] = statistics.mean(values) if values else None
@@ -311,25 +171,6 @@ class Sweep:
         """The metrics of every run that has any, by cell."""
         found = {name_of(cell): read_metrics(self.directory / name_of(cell)) for cell in self.recipe.cells}
         return {name: rows for name, rows in found.items() if rows}
-
-
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for reading: mean, and the spread over seeds behind it, in nats per image."""
-    shown = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
-    plain = [
-        n for n in dict.fromkeys(n for row in rows for n in row) if n.removesuffix("_spread") not in METRICS
-    ]
-    lines = [[*plain, *(METRICS[metric] for metric in shown)]]
-    for row in rows:
-        cells = [in_markdown(str(row.get(name, ""))) for name in plain]
-        for metric in shown:
-            mean, spread = row[metric], row[f"{metric}_spread"]
-            cells.append(
-                "" if mean is None else f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
-            )
-        lines.append(cells)
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _ending(code: int, printed: str) -> str:
@@ -366,29 +207,6 @@ def _other_writer(run: Path, processes: Processes) -> str:
     while (other := locks.holder(run)) and time.monotonic() < deadline and processes.stopped is None:
         time.sleep(0.1)
     return other
-
-
-def _metrics(run: Path) -> Settings:
-    rows = read_metrics(run)
-    best, last = max(rows, key=lambda row: row["validation_bound"]), rows[-1]
-    objective = last["reconstruction"] if last["elbo"] is None else last["elbo"]
-    loss = last["loss_without_constant"]
-    return {
-        "loss_without_constant": None if loss == -objective else loss,  # None: nothing was left out
-        "elbo": last["elbo"],
-        "validation_elbo": best["validation_elbo"],
-        "validation_reconstruction": best["validation_reconstruction"] if last["elbo"] is None else None,
-    }
-
-
-def _typed(settings: Settings) -> Settings:
-    """TOML's integers where a field takes any number."""
-    floats = {field.name for field in fields(Config) if field.metadata["parse"] is float}
-    return {n: float(v) if n in floats and isinstance(v, int) else v for n, v in settings.items()}
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _toml(settings: Settings) -> str:

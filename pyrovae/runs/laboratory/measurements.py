@@ -1,0 +1,172 @@
+"""Measures the noise of gradient estimators: on a run, a new model, along a training run, or on a test-bed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyrovae.data.datasets import Dataset
+from pyrovae.runs.config import COMPILE, LONG, Config
+from pyrovae.runs.directories import read_config
+from pyrovae.runs.loading import load
+from pyrovae.runtime.inputs import check_count
+from pyrovae.runtime.random_states import seeded
+from pyrovae.runtime.schemas import Best
+from pyrovae.training.checkpoints import load_checkpoint
+from pyrovae.training.loop import fit
+from pyrovae.vae import VAE
+from pyrovae.variance.comparison import USUAL, Comparison, compare
+from pyrovae.variance.testbed import LinearGaussian
+
+TESTBEDS = {"linear-gaussian": LinearGaussian}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What to measure, and how well.
+
+    Attributes:
+        estimators: Names as `comparison.parse` reads them.
+        particles: Values of K.
+        draws: Of each gradient.
+        batch_size: Validation images in the batch that all is conditional on.
+        batches: Such batches over which the mean gradient's own variance is found; 0 to leave it out.
+        seed: Of the noise and of stochastic binarization.
+        alpha: The order of `renyi`.
+        compile: Whether to compile programs whose draws are taken one by one: "on", "off", or "auto", where
+            there are enough draws to repay it.
+        quiet: No progress bar.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    estimators: tuple[str, ...] = USUAL
+    particles: tuple[int, ...] = (1, 4, 16, 64)
+    draws: int = 256
+    batch_size: int = 16
+    batches: int = 4
+    seed: int = 0
+    alpha: float | None = None
+    compile: str = "auto"
+    quiet: bool = True
+
+    def __post_init__(self):
+        least = {"draws": 16, "batch_size": 1, "batches": 0}
+        for name, value in least.items():
+            check_count(name, getattr(self, name), value)
+        if not self.particles or min(self.particles) < 1:
+            raise ValueError(f"expected particles of at least 1, got {','.join(map(str, self.particles))}")
+        check_count("particles", max(self.particles))
+        if self.compile not in COMPILE:
+            raise ValueError(f"expected compile in {', '.join(COMPILE)}, got {self.compile!r}")
+        check_count("seed", self.seed, least=0)
+
+    def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
+        """At the VAE's parameters, on the first validation images; settings go into the record."""
+        if not vae.posterior.density:
+            raise ValueError("expected a VAE, got an autoencoder, which has no ELBO to take gradients of")
+        device = vae.zeros.device
+        with seeded(self.seed, device):
+            images = dataset.validation[: self.batch_size * max(1, self.batches)].to(device)
+            vae.check(images, "validation")
+            starts = range(0, len(images), self.batch_size)
+            parts = [images[start : start + self.batch_size] for start in starts]
+            x, *others = (vae.observe(part.pixels.flatten(1), part.labels) for part in parts)
+        batches = [batch for batch in (x, *others) if len(batch) == len(x)][: self.batches]
+        record = (settings or {}) | {"beta": vae.beta}  # which a warm-up changes from epoch to epoch
+        return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=record)
+
+    def of_testbed(self, case: LinearGaussian) -> Comparison:
+        """On a pair whose gradients are known exactly."""
+        x = torch.full((1, 1), case.x, dtype=torch.float64)
+        pair = case.pair()
+        return self._compare(pair, x, parts=pair.parts(), exact=case, settings={"testbed": repr(case)})
+
+    def of_run(self, run: str | Path, config: Config | None = None, *, trust: bool = False) -> Comparison:
+        """At a trained run's best parameters.
+
+        Args:
+            config: The run's settings, which may say where this is done and where the data lie.
+            trust: Whether to import foreign code that the run names.
+        """
+        config = config or read_config(Path(run))[0]
+        vae = load(run, device=config.device(), trust=trust)
+        epoch = load_checkpoint(Path(run) / "best.pt", "cpu", holds=Best)["epoch"]
+        return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
+
+    def of_config(self, config: Config) -> Comparison:
+        """At a new run's parameters before training."""
+        dataset = config.make_dataset()
+        vae = config.make_vae_for(dataset).to(config.device())
+        return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
+
+    def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
+        """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it.
+
+        Raises:
+            ValueError: An epoch is below 0.
+        """
+        if min(epochs) < 0:
+            raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
+        check_count("at", max(epochs), least=0)
+        dataset = config.make_dataset()
+        config = config.resolved(dataset.levels)
+        vae = config.make_vae_for(dataset).to(config.device())
+        on_device = dataset.to(config.device())
+        found: dict[int, Comparison] = {}
+
+        def measure(epoch: int) -> None:
+            if epoch in epochs:
+                found[epoch] = self.of_vae(vae, dataset, {"epoch": epoch} | _described(config))
+
+        measure(0)
+        if max(epochs) > 0:
+            fit(
+                vae,
+                on_device.train,
+                on_device.validation,
+                estimator=config.make_estimator(),
+                epochs=max(epochs),
+                batch_size=config.batch_size,
+                lr=config.lr,
+                kl_warmup=config.kl_warmup,
+                seed=config.seed,
+                compile=config.compile == "on",
+                bf16=config.bf16,
+                on_epoch=measure,
+                quiet=self.quiet,
+            )
+        return found
+
+    def _compare(self, pair: Any, x: torch.Tensor, **settings: Any) -> Comparison:
+        interval = 0.2 if os.isatty(2) else 10
+        with tqdm(unit="draw", disable=self.quiet, dynamic_ncols=True, mininterval=interval, delay=0.5) as bar:
+
+            def progress(done: int, total: int, what: str) -> None:
+                bar.total = total
+                bar.set_description(what, refresh=False)
+                bar.update(done - bar.n)
+
+            model, guide = (pair.model, pair.guide) if settings.get("exact") else pair.pair
+            return compare(
+                model,
+                guide,
+                x,
+                self.estimators,
+                particles=self.particles,
+                draws=self.draws,
+                seed=self.seed,
+                alpha=self.alpha,
+                compile=self.compile == "on" or (self.compile == "auto" and self.draws >= LONG),
+                progress=progress,
+                **settings,
+            )
+
+
+def _described(config: Config) -> dict[str, Any]:
+    names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
+    return {name: getattr(config, name) for name in names} | {"model_seed": config.seed}
