@@ -51,17 +51,23 @@ def _sweep(
         with same_again(ctx, directory, out):
             with bar:
                 failed = sweep.run(jobs, report)
-            rows = sweep.table()
-            if rows:
-                write_atomically(directory / "results.csv", to_csv(rows))
-                write_atomically(directory / "results.md", sweeps.to_markdown(rows))
-                save_figure(figures.overlaid_curves(sweep.histories()), directory / "curves.png")
+            rows = _results(sweep)
         if rows:
             say(sweeps.to_markdown(rows), nl=False)
         left = "results.csv, results.md and curves.png" if rows else "No run has finished"
         say(f"{left}: {directory}")
         if failed:
             fail(f"{len(failed)} of {len(plan.cells)} runs failed; see {directory / 'cells'}", EXIT_FAILED)
+
+
+def _results(sweep: sweeps.Sweep) -> list[dict[str, Any]]:
+    """Writes the table and the curves of a sweep in its directory, if a run has finished; gives the table."""
+    rows = sweep.table()
+    if rows:
+        write_atomically(sweep.directory / "results.csv", to_csv(rows))
+        write_atomically(sweep.directory / "results.md", sweeps.to_markdown(rows))
+        save_figure(figures.overlaid_curves(sweep.histories()), sweep.directory / "curves.png")
+    return rows
 
 
 def _planned(over: tuple[str, ...], recipe: str | None, given: dict[str, Any]) -> sweeps.Recipe:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyrovae import figures
+from pyrovae.data.datasets import Images
 from pyrovae.runs.drawing import GRID_SIDE, PICTURED, samples
 from pyrovae.runs.loading import load
 from pyrovae.runs.pictures.batches import MOST, check_class, check_range, continuous, decoded_as, in_batches
 from pyrovae.runs.pictures.images import images_of
-from pyrovae.vae import prior_grid
+from pyrovae.vae import VAE, prior_grid
 
 
 def reconstruct(
@@ -88,20 +89,9 @@ def interpolate(
     images = images_of(run, vae, data_dir=data_dir)
     for index in chosen:
         check_range(name, index, 0, len(images) - 1)
-    ends, labels = images.pixels[list(chosen)], images.labels
-    codes = vae.encode(ends, None if labels is None else labels[list(chosen)]).cpu()
-    if vae.classes:  # the class goes from one to the other along with the code
-        codes = torch.cat([codes, one_hot(labels[list(chosen)], vae.classes).to(codes)], -1)
-    if corners is None:
-        z = straight(codes[0], codes[1], steps).unsqueeze(0)
-    else:
-        z = straight(straight(codes[0], codes[2], steps), straight(codes[1], codes[3], steps), steps)
-    decoded = in_batches(vae.decode, *z.flatten(0, 1).tensor_split([vae.latent_dim], -1))
-    rows = [list(row) for row in decoded.unflatten(0, z.shape[:2])]
-    framed = [[torch.ones_like(ends[0]), *row, torch.ones_like(ends[0])] for row in rows]
-    framed[0][0], framed[0][-1] = ends[0], ends[1]
+    ends = images[list(chosen)]
+    framed = _framed(ends.pixels, _decoded_between(vae, ends, steps))
     if corners is not None:
-        framed[-1][0], framed[-1][-1] = ends[2], ends[3]
         return figures.grid(framed, f"validation images {', '.join(map(str, chosen))}, and between their codes")
     shares = [f"{a:.2f}" for a in torch.linspace(1, 0, steps).tolist()]
     title = (
@@ -109,6 +99,29 @@ def interpolate(
     )
     columns = [f"image {chosen[0]}", *shares, f"image {chosen[1]}"]
     return figures.grid(framed, title, column_names=columns)
+
+
+def _decoded_between(vae: VAE, ends: Images, steps: int) -> Float[Tensor, "rows steps C H W"]:
+    """Decoded points between the codes of two images, in one row, or of four, in a grid."""
+    codes = vae.encode(ends.pixels, ends.labels).cpu()
+    if vae.classes:  # the class goes from one to the other along with the code
+        codes = torch.cat([codes, one_hot(ends.labels, vae.classes).to(codes)], -1)
+    if len(codes) == 2:
+        z = straight(codes[0], codes[1], steps).unsqueeze(0)
+    else:
+        z = straight(straight(codes[0], codes[2], steps), straight(codes[1], codes[3], steps), steps)
+    decoded = in_batches(vae.decode, *z.flatten(0, 1).tensor_split([vae.latent_dim], -1))
+    return decoded.unflatten(0, z.shape[:2])
+
+
+def _framed(ends: Tensor, decoded: Float[Tensor, "rows steps C H W"]) -> list[list[Float[Tensor, "C H W"]]]:
+    """Rows of images with the ends at their ends: two in the first row, and the other two in the last."""
+    blank = torch.ones_like(ends[0])
+    framed = [[blank, *row, blank] for row in decoded]
+    framed[0][0], framed[0][-1] = ends[0], ends[1]
+    if len(ends) > 2:
+        framed[-1][0], framed[-1][-1] = ends[2], ends[3]
+    return framed
 
 
 def straight(
@@ -151,14 +164,23 @@ def manifold(
         for name, value in {"dims": dims, "image": image}.items():
             if value is not None:
                 raise ValueError(f"expected {name} without 2 latent dimensions, which are a grid, got {value}")
-        check_class(vae, digit)
-        z, quantiles = prior_grid(steps)
-        decoded = decoded_as(vae, z, digit or 0)
-        title = "decoded grid over the prior's quantiles" + (f", class {digit or 0}" if vae.classes else "")
-        return figures.manifold(decoded, quantiles, title)
+        return _plane(vae, steps, digit)
     dims = min(vae.latent_dim, 20) if dims is None else dims
     check_range("dims", dims, 1, min(vae.latent_dim, MOST))
-    images = images_of(run, vae, data_dir=data_dir)
+    return _traversed(vae, images_of(run, vae, data_dir=data_dir), steps, dims, image, digit)
+
+
+def _plane(vae: VAE, steps: int, digit: int | None) -> Figure:
+    """A grid of decoded points over a latent space of two dimensions."""
+    check_class(vae, digit)
+    z, quantiles = prior_grid(steps)
+    decoded = decoded_as(vae, z, digit or 0)
+    title = "decoded grid over the prior's quantiles" + (f", class {digit or 0}" if vae.classes else "")
+    return figures.manifold(decoded, quantiles, title)
+
+
+def _traversed(vae: VAE, images: Images, steps: int, dims: int, image: int | None, digit: int | None) -> Figure:
+    """A row of decoded points for each of the `dims` most active latent dimensions."""
     if image is not None:
         check_range("image", image, 0, len(images) - 1)
         if digit is None and vae.classes:
