@@ -1,10 +1,7 @@
 """Evaluates a VAE on its test images: its bounds of log p(x), and what its latents hold."""
 
-import contextlib
 import dataclasses
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrovae.data.datasets import Dataset, Images
 from pyrovae.evaluation.bounds import (
@@ -27,7 +23,6 @@ from pyrovae.evaluation.bounds import (
 )
 from pyrovae.evaluation.evidence import (
     Bidirectional,
-    Progress,
     annealed,
     bidirectional,
     importance_weighted,
@@ -38,6 +33,7 @@ from pyrovae.runs.assessment.doubts import warnings_of
 from pyrovae.runs.assessment.results import Annealing, Assessment, Average, Bounds, Latents, Weighing
 from pyrovae.runs.directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs.loading import load
+from pyrovae.runs.progress import progress_bar
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, State
@@ -121,10 +117,8 @@ class Examination:
         dataset = config.make_dataset()
         if not same_data(described, dataset, config):
             raise RunError(f"expected the data that {run} was trained on, got others from {config.dataset}")
-        names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
-        of_config = {name: getattr(config, name) for name in names} | {"model_seed": config.seed}
         of_run = {"run": str(run), "which": which, "epoch": _epoch(Path(run), which)}
-        return self.of_vae(vae, dataset, of_run | of_config)
+        return self.of_vae(vae, dataset, of_run | config.recorded())
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Assessment:
         """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is.
@@ -162,7 +156,7 @@ class Examination:
         return dataclasses.replace(found, notes=warnings_of(vae, found))
 
     def _weigh(self, vae: VAE, x: Tensor) -> tuple[Evidence, Evidence, Evidence | None, Bidirectional | None]:
-        with self._progress() as progress:
+        with progress_bar(quiet=self.quiet) as progress:
             noise = {"seed": self.seed, "batch_size": self.batch_size, "progress": progress}
             chains = {"steps": self.ais_steps, "chains": self.ais_chains}
             # First, for these alone may be refused.
@@ -173,18 +167,6 @@ class Examination:
                 estimate(vae, x, particles=self.particles, **noise) for estimate in (importance_weighted, naive)
             )
         return weighted, unguided, tight, bounds
-
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Progress]:
-        interval = 0.2 if os.isatty(2) else 10
-        with tqdm(disable=self.quiet, dynamic_ncols=True, mininterval=interval, delay=0.5) as bar:
-
-            def progress(done: int, total: int, what: str) -> None:
-                bar.total = total
-                bar.set_description(what, refresh=False)
-                bar.update(done - bar.n)
-
-            yield progress
 
     def _settings(self, vae: VAE, images: int) -> dict[str, Any]:
         own = {name: value for name, value in dataclasses.asdict(self).items() if name != "quiet"}

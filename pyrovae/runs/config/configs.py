@@ -219,6 +219,11 @@ class Config(Settings):
         """Plain types, for `from_json`."""
         return dataclasses.asdict(self)
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings that the results of a run record: its data, its parts, and the seed of its weights."""
+        names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
+        return {name: getattr(self, name) for name in names} | {"model_seed": self.seed}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
         """The inverse of `to_json`. What they name of one's own is not imported: see `admit`.

@@ -1,17 +1,16 @@
 """Measures the noise of gradient estimators: on a run, a new model, along a training run, or on a test-bed."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pyrovae.data.datasets import Dataset
 from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.runs.directories import read_config
 from pyrovae.runs.loading import load
+from pyrovae.runs.progress import progress_bar
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best
@@ -96,13 +95,13 @@ class Measurement:
         config = config or read_config(Path(run))[0]
         vae = load(run, device=config.device(), trust=trust)
         epoch = load_checkpoint(Path(run) / "best.pt", "cpu", holds=Best)["epoch"]
-        return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | _described(config))
+        return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | config.recorded())
 
     def of_config(self, config: Config) -> Comparison:
         """At a new run's parameters before training."""
         dataset = config.make_dataset()
         vae = config.make_vae_for(dataset).to(config.device())
-        return self.of_vae(vae, dataset, {"epoch": 0} | _described(config))
+        return self.of_vae(vae, dataset, {"epoch": 0} | config.recorded())
 
     def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
         """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it.
@@ -121,7 +120,7 @@ class Measurement:
 
         def measure(epoch: int) -> None:
             if epoch in epochs:
-                found[epoch] = self.of_vae(vae, dataset, {"epoch": epoch} | _described(config))
+                found[epoch] = self.of_vae(vae, dataset, {"epoch": epoch} | config.recorded())
 
         measure(0)
         if max(epochs) > 0:
@@ -143,14 +142,7 @@ class Measurement:
         return found
 
     def _compare(self, pair: Any, x: torch.Tensor, **settings: Any) -> Comparison:
-        interval = 0.2 if os.isatty(2) else 10
-        with tqdm(unit="draw", disable=self.quiet, dynamic_ncols=True, mininterval=interval, delay=0.5) as bar:
-
-            def progress(done: int, total: int, what: str) -> None:
-                bar.total = total
-                bar.set_description(what, refresh=False)
-                bar.update(done - bar.n)
-
+        with progress_bar(quiet=self.quiet, unit="draw") as progress:
             model, guide = (pair.model, pair.guide) if settings.get("exact") else pair.pair
             return compare(
                 model,
@@ -165,8 +157,3 @@ class Measurement:
                 progress=progress,
                 **settings,
             )
-
-
-def _described(config: Config) -> dict[str, Any]:
-    names = ("dataset", "likelihood", "network", "guide", "latent_dim", "beta")
-    return {name: getattr(config, name) for name in names} | {"model_seed": config.seed}
