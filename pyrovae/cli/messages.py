@@ -1,4 +1,4 @@
-"""What a command says: its results, its warnings, and its errors, each of which is one line."""
+"""The results, warnings and errors that commands print; each warning and each error takes one line."""
 
 import contextlib
 import re

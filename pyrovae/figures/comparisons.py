@@ -39,7 +39,7 @@ def variance(rows: Sequence[Measured], slopes: dict[str, dict[str, Fitted]], tit
 
     Args:
         rows: As `compare` gives them.
-        slopes: Of log SNR in log K, by estimator and "encoder" or "decoder".
+        slopes: The slopes of log SNR in log K, by estimator and "encoder" or "decoder".
     """
     figure = Figure(figsize=(13, 11), layout="constrained")
     figure.suptitle(in_figure(title), fontsize="medium")

@@ -118,7 +118,7 @@ def latent_histogram(z: Float[Tensor, " N"], labels: Int[Tensor, " N"] | None, *
 
 
 def _classes(labels: Int[Tensor, " N"] | None, n: int) -> Iterator[tuple[np.ndarray, dict]]:
-    """Which of n points belong to each class, with its colour and label; all of them if that tells nothing."""
+    """Selects the points of each class, with its colour and label; all n points if classes tell nothing."""
     classes = [] if labels is None else labels.unique().tolist()
     if not 1 < len(classes) <= MAX_CLASSES:
         yield np.ones(n, dtype=bool), {"color": "C0"}

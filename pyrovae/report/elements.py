@@ -1,4 +1,4 @@
-"""What the page is made of: sections, and in these facts, tables and pictures. The template shows each."""
+"""The elements of the page: sections with facts, tables and pictures, which the template shows."""
 
 import base64
 import io

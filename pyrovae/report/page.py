@@ -72,7 +72,7 @@ def report(
 
 
 def path_for(run: str | Path, out: str | Path | None = None) -> Path:
-    """Where the page goes: `out`, or `report.html` in the run.
+    """The path that the page is written to: `out`, or `report.html` in the run.
 
     Raises:
         ValueError: `out` is not named as a page.

@@ -1,4 +1,4 @@
-"""The sections of what was measured: curves of training, the evaluation, and the noise of gradients."""
+"""The sections with results: curves of training, the evaluation, and the noise of gradients."""
 
 from pyrovae import figures
 from pyrovae.report.elements import Picture, Section, Table

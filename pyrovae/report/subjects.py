@@ -1,4 +1,4 @@
-"""The run that a page describes, and what its files say."""
+"""The run that a page describes, as its files have it."""
 
 import warnings
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from pyrovae.variance.comparison import Comparison
 
 @dataclass(frozen=True)
 class Subject:
-    """A run, and what its files say.
+    """A run, with the contents of its files.
 
     Attributes:
         best: The metrics of the epoch whose parameters the VAE has.
         vae: None if it needs foreign code that is not trusted.
-        untold: What the page lacks for that reason, and why, in a sentence; empty if it lacks nothing.
+        untold: A sentence on what the page lacks for that reason; empty if it lacks nothing.
         variance: The last measurement of gradients at such parameters; None if there is none.
         along: The last one along training, by epoch.
     """

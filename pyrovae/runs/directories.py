@@ -1,4 +1,4 @@
-"""What is in a run directory beside the states of training: its settings, and whether it is new."""
+"""A run directory apart from the states of training: its settings, and whether it is new."""
 
 import contextlib
 import itertools
@@ -82,7 +82,7 @@ def record(config: Config, dataset: Dataset) -> str:
 
 
 def describe(dataset: Dataset) -> Data:
-    """What a run records of its data, by which they are recognised."""
+    """The description of its data that a run records, by which they are recognised."""
     return {
         "shape": list(dataset.shape),
         "levels": dataset.levels,

@@ -66,7 +66,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def _is_drawn(directory: Path, name: str) -> bool:
-    """Whether there is this figure, of the last checkpoint and not of an earlier end of the run."""
+    """Whether this figure is there and shows the last checkpoint, not an earlier end of the run."""
     try:
         drawn = (directory / "figures" / f"{name}.png").stat().st_mtime_ns
     except FileNotFoundError:
@@ -75,10 +75,10 @@ def _is_drawn(directory: Path, name: str) -> bool:
 
 
 def samples(vae: VAE, n: int = 100, *, seed: int = 0, label: int | None = None) -> Figure:
-    """The expected images of draws from the prior, as square a grid of n as there is.
+    """Pictures the expected images of n draws from the prior, in a grid that is as square as n allows.
 
-    Of a conditional VAE and no label, a row for each class instead (for each of the first MOST_ROWS), of n
-    images in all or as few more as make rows of one length; a column has one z.
+    A conditional VAE without a label gets a row for each class, at most MOST_ROWS of them, and each column has
+    one z. The picture then has n images, or as few more as make all rows equally long.
     """
     if not vae.classes or label is not None:
         labels = None if label is None else torch.tensor([label])

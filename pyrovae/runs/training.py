@@ -40,12 +40,12 @@ from pyrovae.training.checkpoints import explained, load_checkpoint, load_model,
 from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE
 
-# On resuming; the data only in place.
+# The settings that may differ on resuming; the data may only have moved.
 MAY_CHANGE = ("epochs", "patience", "cuda", "compile", "dataset", "data_dir")
 
 
 class StoppedError(OSError):
-    """The system failed a run, which can go on from its last checkpoint when that is mended.
+    """A failure of the system has stopped a run, which can go on from its last checkpoint afterwards.
 
     Attributes:
         run: Its directory.

@@ -48,16 +48,16 @@ ENCODED = 1000  # images at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What to find out about a VAE on its test images, and how well.
+    """An evaluation of a VAE on its test images: which estimates to make, and how exactly.
 
     Attributes:
-        particles: K, of importance sampling and of the prior estimate.
-        ais: So many images get annealed importance sampling as well, with ais_steps and ais_chains.
-        bidirectional: So many images are drawn from the model, and their log p(x) is bounded from both sides,
+        particles: K for importance sampling and for the estimate from prior samples.
+        ais: The number of images that get annealed importance sampling too, with ais_steps and ais_chains.
+        bidirectional: The number of images drawn from the model whose log p(x) is bounded from both sides,
             with ais_steps and ais_chains.
-        limit: The first so many test images only.
-        batch_size: Decoded images at a time; what keeps memory small if None.
-        seed: Of stochastic binarization and all noise.
+        limit: The number of test images to use, the first ones; all if None.
+        batch_size: The number of images decoded at a time; if None, one that keeps memory small.
+        seed: The seed of stochastic binarization and of all noise.
         quiet: No progress bar.
 
     Raises:
@@ -99,7 +99,7 @@ class Examination:
         data_dir: str | None = None,
         trust: bool = False,
     ) -> Assessment:
-        """Of a run's best parameters or its last, on the test set of its data.
+        """Evaluates a run's best parameters or its last on the test set of its data.
 
         Args:
             data_dir: Where its data now lie; as the run has it if None.
@@ -121,7 +121,7 @@ class Examination:
         return self.of_vae(vae, dataset, of_run | config.recorded())
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Assessment:
-        """Of this VAE on the dataset's test images; settings go into the record. The VAE stays as it is.
+        """Evaluates a VAE on the dataset's test images, and does not change it. The record has the settings.
 
         Raises:
             ValueError: q(z|x) has no density, so that there is no ELBO; or the VAE does not take the images.
@@ -207,7 +207,7 @@ class Examination:
 
 
 def _without_constant(vae: VAE, elbo: float, pixels: int) -> float | None:
-    """None also where the likelihood has no such constant."""
+    """The ELBO without its constant; None also if the likelihood has no such constant."""
     return without_constant(vae.likelihood, elbo, pixels) if vae.likelihood.log_constant(pixels) else None
 
 

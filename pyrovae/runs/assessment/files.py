@@ -10,7 +10,7 @@ from pyrovae.runtime.whole_files import write_atomically
 
 
 def write(run: Path, found: Assessment) -> Path:
-    """`evaluation.json` in the run; gives its path."""
+    """Writes `evaluation.json` in the run, and gives its path."""
     path = run / "evaluation.json"
     write_atomically(path, json.dumps(found.to_json(), indent=2) + "\n")
     return path

@@ -23,7 +23,7 @@ class Average:
 
     @classmethod
     def of(cls, values: Float[Tensor, " N"]) -> "Average":
-        """Of one value per image."""
+        """Averages one value per image."""
         error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(values.mean().item(), error)
 
@@ -37,8 +37,8 @@ class Weighing:
             particle.
         below, above: How far 95 % intervals of one image's log p(x) reach to both sides of the estimate,
             averaged; None where there is no limit.
-        effective_sample_size: Of the particles or chains, averaged.
-        least_effective_sample_size: That of the worst image.
+        effective_sample_size: The effective number of particles or chains, averaged.
+        least_effective_sample_size: The effective number for the worst image.
         pareto_k: Pareto k-hat of the worst image; None with fewer than 100 particles, and where it is infinite.
         unreliable: The number of images whose estimate is not to be trusted.
     """
@@ -85,7 +85,7 @@ class Annealing:
     def of(
         cls, tight: Evidence, weighted: Evidence, unguided: Evidence, elbo: Float[Tensor, " N"]
     ) -> "Annealing":
-        """Of the images that `tight` is of, which are the first of the others."""
+        """Averages over the images of `tight`, which are the first of the other estimates."""
         others = weighted.log_evidence, unguided.log_evidence, elbo
         return cls(Weighing.of(tight), *(Average.of(each[: len(tight.log_evidence)]) for each in others))
 
@@ -112,12 +112,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Latents:
-    """How the latent dimensions are used.
+    """The use that the VAE makes of its latent dimensions.
 
     Attributes:
-        active: How many have a variance above ACTIVE; None for a single image.
+        active: The number of dimensions with a variance above ACTIVE; None for a single image.
         variance_of_means: Var_x(E_q[z]) per dimension.
-        kl: Per dimension, nats per image; None where it is no sum over dimensions.
+        kl: The KL per dimension, nats per image; None if it is no sum over dimensions.
         probes: Accuracies of classifiers, or why there are none.
     """
 
@@ -129,16 +129,15 @@ class Latents:
 
 @dataclass(frozen=True)
 class Assessment:
-    """All that `Examination` finds; nats are per image.
+    """All results of an `Examination`; nats are per image.
 
     Attributes:
-        kl: In closed form where there is one.
-        bits_per_dim: At most so many, from log p(x) by importance sampling; None where pixels are
-            not discrete.
-        without_constant: SSE/(2c) + KL for a Gaussian of fixed c, else None.
-        annealing: Of the first `ais` images only; None if it was not asked for.
-        bounds: Of as many images from the model as `bidirectional` says; None if they were not asked for.
-        notes: What the reader is to be warned of.
+        kl: The KL, in closed form if there is one.
+        bits_per_dim: An upper bound, from log p(x) by importance sampling; None if pixels are not discrete.
+        without_constant: SSE/(2c) + KL for a Gaussian of fixed c, otherwise None.
+        annealing: The estimate for the first `ais` images only; None if it was not asked for.
+        bounds: The bounds for `bidirectional` images from the model; None if they were not asked for.
+        notes: Warnings for the reader.
     """
 
     settings: dict[str, Any]

@@ -16,7 +16,7 @@ def table(found: Assessment) -> str:
 
 
 def title(found: Assessment) -> str:
-    """Which images were judged, by which parameters, and how."""
+    """Says which images were judged, by which parameters, and how."""
     s, model = found.settings, ""
     if "run" in s:
         model = (
@@ -67,7 +67,7 @@ def rows(found: Assessment) -> list[list[str]]:
 
 
 def remarks(found: Assessment) -> list[str]:
-    """What else was found, a line each."""
+    """The results that have no place in the table, a line each."""
     latents, s, lines = found.latents, found.settings, []
     if found.without_constant is not None:
         lines.append(f"SSE/(2c) + KL: {found.without_constant:.2f} nats per image")
@@ -98,7 +98,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _reach(weighing: Weighing) -> str:
-    """How exactly an image's log p(x) is known."""
+    """Says how exactly the log p(x) of one image is known."""
     below, above = (
         "without limit" if reach is None else f"{reach:.2f} nats" for reach in (weighing.below, weighing.above)
     )

@@ -54,7 +54,7 @@ class Config(Settings):
         check_weight_of_kl(self, self.make_estimator())
 
     def admit(self, *, trust: bool = False) -> None:
-        """Imports what it names of one's own, so that a VAE can be made; see `parts`.
+        """Imports a class of one's own that the settings name, so that a VAE can be made; see `parts`.
 
         Only settings that were read from a file need this.
 
@@ -121,7 +121,7 @@ class Config(Settings):
             )
 
     def decoder_weights(self, shape: tuple[int, int, int], levels: int, classes: int = 0) -> int:
-        """How many numbers the decoder of `make_vae` learns, found without making them.
+        """Counts the numbers that the decoder of `make_vae` learns, without making them.
 
         Raises:
             ValueError: More than can be counted.
@@ -189,7 +189,7 @@ class Config(Settings):
         return dataclasses.replace(self, **settings)
 
     def arguments(self, levels: int) -> list[str]:
-        """What to type after `train` for this run: the options without which it would be another.
+        """The words to type after `train` for this run: the options without which it would be another.
 
         Args:
             levels: Grey levels of the images, on which a default depends.
@@ -226,7 +226,7 @@ class Config(Settings):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_json`. What they name of one's own is not imported: see `admit`.
+        """The inverse of `to_json`. It does not import a class of one's own: see `admit`.
 
         Raises:
             ValueError: A key or value that Config does not have.

@@ -15,7 +15,7 @@ from pyrovae.variance.comparison import Comparison
 
 
 def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:
-    """`variance.json`, `variance.csv` and `variance.png`; by epoch, also a figure over training."""
+    """Writes `variance.json`, `variance.csv` and `variance.png`, and with epochs a figure over training."""
     by_epoch = found if isinstance(found, dict) else {None: found}
     contents = {e: c.to_json() for e, c in by_epoch.items()} if isinstance(found, dict) else found.to_json()
     write_atomically(directory / "variance.json", json.dumps(contents, indent=2) + "\n")
@@ -56,7 +56,7 @@ def _titled(contents: dict[str, Any]) -> Comparison:
 
 
 def directory_for(run: str | Path | None, out: str | Path | None) -> Path:
-    """Where results go: `out`, or else a new directory in the run or under runs/.
+    """The directory that results are written to: `out`, or else a new directory in the run or under runs/.
 
     Raises:
         RunError: There is no such place.
@@ -66,7 +66,7 @@ def directory_for(run: str | Path | None, out: str | Path | None) -> Path:
 
 @contextlib.contextmanager
 def results_directory(run: str | Path | None, out: str | Path | None) -> Iterator[Path]:
-    """The same, made before anything is measured; gone again if it stays empty."""
+    """Makes the directory of `directory_for` before anything is measured, and removes it if it stays empty."""
     if run is not None:
         read_config(Path(run))  # no directory is made in what is no run
     place = Path(out if out is not None else run or "runs")

@@ -25,15 +25,15 @@ TESTBEDS = {"linear-gaussian": LinearGaussian}
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What to measure, and how well.
+    """A comparison of gradient estimators: which of them, and how exactly.
 
     Attributes:
         estimators: Names as `comparison.parse` reads them.
         particles: Values of K.
-        draws: Of each gradient.
-        batch_size: Validation images in the batch that all is conditional on.
-        batches: Such batches over which the mean gradient's own variance is found; 0 to leave it out.
-        seed: Of the noise and of stochastic binarization.
+        draws: The number of draws of each gradient.
+        batch_size: The number of validation images in the batch on which all numbers are conditional.
+        batches: The number of such batches over which the mean gradient's own variance is found; 0 for none.
+        seed: The seed of the noise and of stochastic binarization.
         alpha: The order of `renyi`.
         compile: Whether to compile programs whose draws are taken one by one: "on", "off", or "auto", where
             there are enough draws to repay it.
@@ -65,7 +65,7 @@ class Measurement:
         check_count("seed", self.seed, least=0)
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
-        """At the VAE's parameters, on the first validation images; settings go into the record."""
+        """Measures at the VAE's parameters, on the first validation images. The record has the settings."""
         if not vae.posterior.density:
             raise ValueError("expected a VAE, got an autoencoder, which has no ELBO to take gradients of")
         device = vae.zeros.device
@@ -80,13 +80,13 @@ class Measurement:
         return self._compare(vae, x, parts=vae.parts(), batches=batches, settings=record)
 
     def of_testbed(self, case: LinearGaussian) -> Comparison:
-        """On a pair whose gradients are known exactly."""
+        """Measures on a pair whose gradients are known exactly."""
         x = torch.full((1, 1), case.x, dtype=torch.float64)
         pair = case.pair()
         return self._compare(pair, x, parts=pair.parts(), exact=case, settings={"testbed": repr(case)})
 
     def of_run(self, run: str | Path, config: Config | None = None, *, trust: bool = False) -> Comparison:
-        """At a trained run's best parameters.
+        """Measures at a trained run's best parameters.
 
         Args:
             config: The run's settings, which may say where this is done and where the data lie.
@@ -98,13 +98,13 @@ class Measurement:
         return self.of_vae(vae, config.make_dataset(), {"run": str(run), "epoch": epoch} | config.recorded())
 
     def of_config(self, config: Config) -> Comparison:
-        """At a new run's parameters before training."""
+        """Measures at a new run's parameters before training."""
         dataset = config.make_dataset()
         vae = config.make_vae_for(dataset).to(config.device())
         return self.of_vae(vae, dataset, {"epoch": 0} | config.recorded())
 
     def along(self, config: Config, epochs: tuple[int, ...]) -> dict[int, Comparison]:
-        """At epochs of one training run, 0 being its start; the run is trained for it, as its seed has it.
+        """Measures at epochs of one training run, 0 being its start; the run is trained anew from its seed.
 
         Raises:
             ValueError: An epoch is below 0.

@@ -10,7 +10,7 @@ FEW_DRAWS = 30  # effective ones, below which intervals hold less than they say
 
 
 def title(comparison: Comparison, over_training: bool = False) -> str:
-    """What all numbers of a comparison are conditional on."""
+    """Names everything that all numbers of a comparison are conditional on."""
     s = comparison.settings
     what = (
         s.get("testbed")
@@ -94,7 +94,7 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the numbers mean, and what was not measured, a line each."""
+    """Explains the numbers, and names estimators that were not measured, a line each."""
     rows, between = comparison.rows, comparison.between_batches
     plain = ", ".join(dict.fromkeys(row.reference for row in rows))
     lines = [

@@ -31,12 +31,13 @@ def latent(
 ) -> Figure:
     """The means of q(z|x), coloured by class where there are labels.
 
-    One dimension is a histogram, two are a cloud, and of more a cloud shows the first two principal
-    components.
+    A histogram shows one dimension, and a cloud shows two. With more dimensions, the cloud shows the first two
+    principal components.
 
     Args:
-        tsne: More than two dimensions by t-SNE instead (Visualizing Data using t-SNE, van der Maaten & Hinton,
-            2008, https://jmlr.org/papers/v9/vandermaaten08a.html), which keeps neighbours but not distances.
+        tsne: Whether to show more than two dimensions by t-SNE instead (Visualizing Data using t-SNE, van der
+            Maaten & Hinton, 2008, https://jmlr.org/papers/v9/vandermaaten08a.html), which keeps neighbours but
+            not distances.
         limit: At most this many images, evenly spaced among those there are.
     """
     if limit is not None and limit < 1:
@@ -87,7 +88,7 @@ class Latents:
     """q(z|x) of N images.
 
     Attributes:
-        mean: Of each q(z|x); for a Bernoulli code, the probability of each bit.
+        mean: The mean of each q(z|x); for a Bernoulli code, the probability of each bit.
         scale: Standard deviations of each q(z|x); None where the guide is discrete or knows none.
         labels: Classes, where there are any.
     """

@@ -25,10 +25,10 @@ def side_by_side(
     device: str = "cpu",
     trust: bool = False,
 ) -> Figure:
-    """Runs beside each other, an autoencoder and a VAE say: codes on one scale, and decoded draws of the prior.
+    """Pictures runs, such as an autoencoder and a VAE, side by side: their codes, and decoded prior draws.
 
-    Below stand the errors of `reconstruction_errors`. More than two dimensions are shown by the first two
-    principal components of each run's codes.
+    The codes have one scale. Below them are the errors of `reconstruction_errors`. More than two dimensions are
+    shown by the first two principal components of each run's codes.
 
     Args:
         several: Two or more runs on the same images, with two or more latent dimensions.

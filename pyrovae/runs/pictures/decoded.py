@@ -51,7 +51,7 @@ def sample(
     """The expected images of n draws from the prior, as square a grid as n allows.
 
     Args:
-        digit: Of a conditional VAE, the one class to show; if None it shows a row for each class.
+        digit: The one class to show of a conditional VAE; if None, a row for each class.
     """
     check_range("n", n, 1, MOST**2)
     vae = load(run, which=which, device=device, trust=trust)
@@ -154,7 +154,7 @@ def manifold(
         steps: Decoded points along a dimension; 20 in a grid and 11 in a traversal if None.
         dims: How many dimensions to traverse, a row for each; all, at most 20, if None.
         image: The validation image at whose code the other dimensions stay; at zero if None.
-        digit: Of a conditional VAE, the class to decode; that of the image, or else 0, if None.
+        digit: The class to decode, for a conditional VAE; if None, that of the image, or else 0.
     """
     vae = continuous(run, "a manifold", which, device, trust)
     flat = vae.latent_dim == 2

@@ -14,7 +14,7 @@ MOST_PIXELS = 100_000_000
 
 
 def path_for(run: str | Path, name: str, out: str | Path | None = None) -> Path:
-    """Where a picture goes: `out`, or `figures/<name>.png` in the run.
+    """The path that a picture is written to: `out`, or `figures/<name>.png` in the run.
 
     Raises:
         ValueError: `out` is not named as a picture.

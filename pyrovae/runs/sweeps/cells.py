@@ -30,12 +30,12 @@ class SweepError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment: settings that its cells share, and those of each cell.
+    """An experiment: the settings that its cells share, and those that each cell adds.
 
     Attributes:
-        cells: For each cell, what it sets beyond `shared`.
-        shared: Settings of all cells.
-        description: What the experiment is.
+        cells: The settings of each cell, beyond `shared`.
+        shared: The settings that all cells have in common.
+        description: A sentence on the experiment.
 
     Raises:
         SweepError: A cell's settings are no Config.
@@ -53,7 +53,7 @@ class Recipe:
                 raise SweepError(f"{error}{in_cell(cell)}") from None
 
     def admit(self, *, trust: bool) -> bool:
-        """Imports what the cells name of one's own, if trusted, so that no cell starts with a wrong name.
+        """Imports what classes of one's own the cells name, if trusted, so that none starts with a wrong name.
 
         Returns:
             Whether there is foreign code, which the cells must be told to trust.
@@ -73,7 +73,7 @@ class Recipe:
         return any(is_foreign(config.guide) for config in configs)
 
     def config(self, cell: Settings) -> Config:
-        """A cell's settings as a whole."""
+        """A cell's settings together with the shared ones."""
         return Config.from_json(_typed(self.shared | cell))
 
 
@@ -92,16 +92,16 @@ def grid(over: Mapping[str, Sequence[Any]], variants: Sequence[Settings] = ({},)
 
 
 def without_repeats(cells: Sequence[Settings], settings: Settings) -> tuple[Settings, ...]:
-    """The cells without these settings, each once."""
+    """Leaves these settings out of the cells, and drops the cells that are then repeated."""
     left = [{name: value for name, value in cell.items() if name not in settings} for cell in cells]
     return tuple(cell for i, cell in enumerate(left) if cell not in left[:i])
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by its name in pyrovae/recipes, or by the path of a TOML file.
+    """A recipe by its name among those of the package, or by the path of a TOML file.
 
-    `[train]` has the settings that all runs share; `[over]` lists of values, every combination of
-    which is a cell; each `[[variants]]` further settings of a set of cells.
+    `[train]` has the settings that all runs share. `[over]` has lists of values, and every combination of them
+    is a cell. Each `[[variants]]` has further settings, with which all these cells run.
 
     Raises:
         SweepError: There is no such recipe, or it is not one.
@@ -129,7 +129,7 @@ def recipes() -> list[str]:
 
 
 def name_of(cell: Settings) -> str:
-    """A cell's directory: what it sets, or "run" for the only cell, which sets nothing."""
+    """The name of a cell's directory, which has the cell's settings; "run" for a cell without any."""
     text = "_".join(f"{name}-{text_of(value)}" for name, value in cell.items())
     return "".join(c if c.isalnum() or c in "-_.+" else "-" for c in text) or "run"
 
@@ -140,7 +140,7 @@ def in_cell(cell: Settings) -> str:
 
 
 def _typed(settings: Settings) -> Settings:
-    """TOML's integers where a field takes any number."""
+    """Turns integers, as TOML has them, into floats for fields that take floats."""
     floats = {field.name for field in fields(Config) if field.metadata["parse"] is float}
     return {n: float(v) if n in floats and isinstance(v, int) else v for n, v in settings.items()}
 

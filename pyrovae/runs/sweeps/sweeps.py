@@ -174,7 +174,7 @@ class Sweep:
 
 
 def _ending(code: int, printed: str) -> str:
-    """How a process ended: "finished", the signal that ended it, or what it printed last.
+    """Names the end of a process: "finished", the signal that ended it, or what it printed last.
 
     Args:
         code: 0; minus the number of the signal that killed it; 128 and the number of the signal at which it
@@ -202,7 +202,7 @@ def _state(run: Path) -> str:
 
 
 def _other_writer(run: Path, processes: Processes) -> str:
-    """Who is still writing to a run after ORPHANED seconds, in words; "" if nobody is."""
+    """Names the process that still writes to a run after ORPHANED seconds; "" if there is none."""
     deadline = time.monotonic() + ORPHANED
     while (other := locks.holder(run)) and time.monotonic() < deadline and processes.stopped is None:
         time.sleep(0.1)

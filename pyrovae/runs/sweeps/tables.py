@@ -1,4 +1,4 @@
-"""What a sweep has found, as a table: mean and spread over seeds."""
+"""The results of a sweep as a table: mean and spread over seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
