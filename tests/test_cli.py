@@ -21,9 +21,9 @@ from pyrovae.cli import commands
 from pyrovae.cli.group import SUMMARIES, main
 from pyrovae.data.datasets import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides.guides import GUIDES
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS
+from pyrovae.guides import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
 from pyrovae.runs import laboratory
 from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config

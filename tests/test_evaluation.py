@@ -28,8 +28,8 @@ from pyrovae.evaluation.bounds import (
 )
 from pyrovae.evaluation.evidence import bidirectional
 from pyrovae.evaluation.weights import Evidence
-from pyrovae.guides.guides import Guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.guides import Guide
+from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.runs import assessment
 from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Assessment, Average, Bounds, Examination, Weighing

@@ -15,9 +15,9 @@ from pyrovae.data.datasets import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
 from pyrovae.evaluation.bounds import kl_per_image, latent_means
 from pyrovae.evaluation.evidence import importance_weighted
-from pyrovae.guides.guides import GUIDES, BernoulliCode, Guide, MeanField
-from pyrovae.likelihoods.likelihoods import Bernoulli
-from pyrovae.networks.networks import MLP, NETWORKS, Encoder
+from pyrovae.guides import GUIDES, BernoulliCode, Guide, MeanField
+from pyrovae.likelihoods import Bernoulli
+from pyrovae.networks import MLP, NETWORKS, Encoder
 from pyrovae.runs import pictures
 from pyrovae.runs import training as runs
 from pyrovae.runs.assessment import Examination

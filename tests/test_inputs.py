@@ -11,10 +11,10 @@ from pyrovae.data import datasets as data
 from pyrovae.data.datasets import Dataset, Images
 from pyrovae.evaluation.bounds import evaluate, kl_per_image, latent_means, squared_error
 from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
+from pyrovae.guides import make_guide
 from pyrovae.guides.checks import check_guide
-from pyrovae.guides.guides import make_guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import MLP
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import MLP
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.laboratory import Measurement
 from pyrovae.runtime import inputs

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rloo, RunningMean, Vimco
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.programs.graphs import Capture, CaptureWarning
 from pyrovae.variance import per_draw
 from pyrovae.variance.comparison import every_estimator, parse

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrovae.data.datasets import Images
 from pyrovae.estimators import ESTIMATORS, Elbo
 from pyrovae.evaluation.bounds import evaluate
-from pyrovae.guides.guides import Guide
+from pyrovae.guides import Guide
 from pyrovae.runtime.random_states import random_states, set_random_states
 from pyrovae.training.loop import fit
 from pyrovae.vae import VAE

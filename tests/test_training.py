@@ -22,7 +22,7 @@ from pyrovae.cli.group import main
 from pyrovae.data import datasets as data
 from pyrovae.data.datasets import Images
 from pyrovae.evaluation.bounds import bits_per_dim, evaluate, without_constant
-from pyrovae.likelihoods.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
+from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.programs.graphs import CaptureWarning, Step
 from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config

@@ -24,9 +24,9 @@ from pyrovae.data.folders import DataWarning
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation.bounds import bits_per_dim
 from pyrovae.figures import figures
-from pyrovae.guides.guides import GUIDES
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS
+from pyrovae.guides import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
 from pyrovae.programs.graphs import CaptureWarning, start_workers
 from pyrovae.report import page as reports
 from pyrovae.runs import assessment, pictures, sweeps

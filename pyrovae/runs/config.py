@@ -17,9 +17,9 @@ import torch
 
 from pyrovae.data.datasets import DATASETS, Dataset, load_dataset
 from pyrovae.estimators import ESTIMATORS, Estimator
-from pyrovae.guides.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
-from pyrovae.likelihoods.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
-from pyrovae.networks.networks import ACTIVATIONS, NETWORKS, Network
+from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
+from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood
+from pyrovae.networks import ACTIVATIONS, NETWORKS, Network
 from pyrovae.runtime.inputs import check_above, check_count
 from pyrovae.runtime.parts import Received, TrustError
 from pyrovae.runtime.schemas import check, reason
