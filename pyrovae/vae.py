@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
 from pyrovae.networks import Decoder

@@ -23,7 +23,7 @@ import torch
 from click.testing import CliRunner
 
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import load_dataset
+from pyrovae.data import load_dataset
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import sweeps as sweep
 from pyrovae.runs import training as runs

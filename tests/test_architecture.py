@@ -12,7 +12,7 @@ import torch
 
 import pyrovae
 from pyrovae import estimators, guides, likelihoods, networks
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.evaluation.bounds import variance_of_means
 
 PACKAGE = Path(pyrovae.__file__).parent

@@ -19,7 +19,7 @@ from PIL import Image
 import pyrovae
 from pyrovae.cli import commands
 from pyrovae.cli.group import SUMMARIES, main
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.guides import GUIDES
 from pyrovae.likelihoods import LIKELIHOODS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.data import Images, load_dataset
 from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.networks import NETWORKS, ClassPlanes

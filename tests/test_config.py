@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS, Renyi
 from pyrovae.guides import GUIDES, SCALE_HEADS
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS

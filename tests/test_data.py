@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pyrovae.data.datasets import DATASETS, Dataset, Images, load_dataset
+from pyrovae.data import DATASETS, Dataset, Images, load_dataset
 from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.programs.graphs import CaptureWarning
 from pyrovae.runs import training as runs

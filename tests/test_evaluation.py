@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import make_blobs
 from torch import nn
 
-from pyrovae.data.datasets import Dataset, Images
+from pyrovae.data import Dataset, Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import (
     Probes,

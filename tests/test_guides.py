@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
 from pyrovae.evaluation.bounds import kl_per_image, latent_means
 from pyrovae.evaluation.evidence import importance_weighted

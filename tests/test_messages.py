@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from pyrovae.cli import commands
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.data import Images, load_dataset
 from pyrovae.guides import make_guide
 from pyrovae.guides.checks import check_guide
 from pyrovae.networks import MLP

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from matplotlib.colors import to_rgba
 from PIL import Image
 
+from pyrovae import data
 from pyrovae.cli.group import main
-from pyrovae.data import datasets as data
 from pyrovae.figures import figures
 from pyrovae.runs import pictures
 from pyrovae.runs import training as runs

@@ -15,7 +15,7 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS, Elbo
 from pyrovae.evaluation.bounds import evaluate
 from pyrovae.guides import Guide

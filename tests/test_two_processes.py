@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.programs.graphs import Step
 from pyrovae.runs import training as runs
 from pyrovae.runs.config import Config

@@ -19,7 +19,7 @@ import click
 from tqdm import tqdm
 
 from pyrovae.cli.group import SUMMARIES
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.data.folders import DataWarning
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.evaluation.bounds import bits_per_dim

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.figures import figures
 from pyrovae.runs import assessment, laboratory, pictures
 from pyrovae.runs import training as runs

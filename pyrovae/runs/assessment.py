@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrovae.data.datasets import Dataset, Images
+from pyrovae.data import Dataset, Images
 from pyrovae.evaluation.bounds import (
     ACTIVE,
     NEIGHBOURS,

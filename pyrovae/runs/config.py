@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyrovae.data.datasets import DATASETS, Dataset, load_dataset
+from pyrovae.data import DATASETS, Dataset, load_dataset
 from pyrovae.estimators import ESTIMATORS, Estimator
 from pyrovae.guides import GUIDES, SCALE_HEADS, guide_class, make_guide
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS, Likelihood

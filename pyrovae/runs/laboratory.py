@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pyrovae.data.datasets import Dataset
+from pyrovae.data import Dataset
 from pyrovae.figures import figures
 from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.runs.directories import RunError, new_directory, read_config

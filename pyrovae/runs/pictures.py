@@ -35,8 +35,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyrovae.data import DATASETS, Images, default_data_dir, small_in_memory
 from pyrovae.data import datasets as sources
-from pyrovae.data.datasets import DATASETS, Images, default_data_dir, small_in_memory
 from pyrovae.data.files import FilePixels
 from pyrovae.evaluation.bounds import pca_squared_error, squared_error
 from pyrovae.figures import figures

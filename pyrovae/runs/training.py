@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from pyrovae.data.datasets import Dataset
+from pyrovae.data import Dataset
 from pyrovae.figures import figures
 from pyrovae.runs.config import LONG, Config
 from pyrovae.runs.directories import (
