@@ -41,7 +41,7 @@ from pyrovae.runtime.signals import Interrupted, StoppingSignals
 from pyrovae.runtime.texts import printable, to_csv
 from pyrovae.runtime.whole_files import save_figure, write_atomically
 from pyrovae.training.loop import DivergedError, Fit, describe
-from pyrovae.variance.comparison import every_estimator
+from pyrovae.variance.names import every_estimator
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
 _NO_MEMORY = "out of memory|allocate memory|calculation overflowed"  # of sizes in bytes

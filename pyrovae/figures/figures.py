@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pyrovae.runtime.texts import in_figure, in_legend
-from pyrovae.variance.comparison import Row
 from pyrovae.variance.intervals import Slope
+from pyrovae.variance.results import Row
 
 MAX_CLASSES = 20  # colours that can be told apart in a legend
 MAX_NAMED = 100  # runs that a legend names

@@ -31,7 +31,7 @@ from pyrovae.runtime.texts import printable
 from pyrovae.runtime.whole_files import write_atomically
 from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.vae import VAE
-from pyrovae.variance.comparison import Comparison
+from pyrovae.variance.results import Comparison
 
 SUFFIXES = (".html", ".htm")
 DPI = 100

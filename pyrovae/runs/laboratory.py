@@ -28,8 +28,10 @@ from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
 from pyrovae.variance.bias import BiasTest
-from pyrovae.variance.comparison import USUAL, Comparison, compare
+from pyrovae.variance.comparison import compare
 from pyrovae.variance.intervals import Slope
+from pyrovae.variance.names import USUAL
+from pyrovae.variance.results import Comparison
 from pyrovae.variance.testbed import LinearGaussian
 
 TESTBEDS = {"linear-gaussian": LinearGaussian}
