@@ -1,6 +1,7 @@
 """A Pyro pair and a batch, on which estimators are measured one after the other."""
 
 import copy
+import inspect
 import math
 import statistics
 import time
@@ -14,8 +15,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyrovae.estimators import ESTIMATORS, Elbo, Enumerate, Estimator, Iwae, Renyi, Rws
+from pyrovae.estimators import ESTIMATORS, Elbo, Estimator
 from pyrovae.estimators.layout import plates_of
+from pyrovae.estimators.references import Named
 from pyrovae.programs.pairs import modules_of, parameters_of
 from pyrovae.runtime.random_states import seeded
 from pyrovae.variance.bias import BiasTest, check_bias
@@ -23,10 +25,9 @@ from pyrovae.variance.moments import gradient_moments
 from pyrovae.variance.names import parse
 from pyrovae.variance.per_draw import layout_of
 from pyrovae.variance.stats import GradientStats, Parts
-from pyrovae.variance.testbed import LinearGaussian
+from pyrovae.variance.testbed import LinearGaussian, LinearGaussianPair, Truth
 
 WARMUP = 200  # draws that a baseline is fitted to before it is held
-REFERENCE_PARTICLES = 16  # of the long run that an estimator of the ELBO is compared with
 FALSE_ALARM = 1e-3  # that any unbiased estimator of a table is called biased
 TIMINGS = 7  # of one gradient, whose median is reported
 
@@ -34,11 +35,12 @@ TIMINGS = 7  # of one gradient, whose median is reported
 def make(label: str, k: int, alpha: float | None, nesting: int = 1) -> Estimator:
     """The estimator of a name with K particles, for pairs of so many dimensions of plates."""
     family, settings = parse(label)
-    extra = {"alpha": alpha} if alpha is not None and family is Renyi else {}
+    takes_alpha = alpha is not None and "alpha" in inspect.signature(family).parameters
+    extra = {"alpha": alpha} if takes_alpha else {}
     return family(num_particles=k, max_plate_nesting=nesting, **settings, **extra)
 
 
-Key = tuple[str, int]  # an estimator's name, and K
+Key = Named
 
 
 class _Count(Messenger):
@@ -67,13 +69,14 @@ class Bench:
     parts: Parts | None
     exact: LinearGaussian | None
     compile: bool
+    alpha: float | None
 
     def __post_init__(self):
         self.parameters, _ = parameters_of(self.model, self.guide, self.x)
         layout = layout_of(self.model, self.guide, (self.x,), self.x.device)
         self.nesting, self.batch_size = layout.depth, layout.batch_size
         self.reparameterized = self._applies(Elbo())
-        self.enumerable = not self.reparameterized and self._applies(Enumerate())
+        self._taken: dict[Key, bool] = {}
 
     def _applies(self, estimator: Estimator) -> bool:
         try:
@@ -104,22 +107,26 @@ class Bench:
             "batch_norm": any(isinstance(module, _BatchNorm) for module in modules_of(self.model, self.guide)),
         }
 
-    def reference(self, estimator: Estimator) -> tuple[Key, Key | None]:
-        """The plain estimator of the same bound, and the long run to compare with (None: exact)."""
-        k = estimator.num_particles
-        kind = "" if self.reparameterized else ":score"
-        if estimator.importance_weighted:
-            name = "renyi" if isinstance(estimator, Renyi) else "iwae"
-            plain = f"{name}{kind}", k
-        else:
-            plain = f"elbo{kind}", k
-        if estimator.importance_weighted and k > 1:
-            long = plain if self.reparameterized or name == "renyi" else ("vimco", k)
-        elif self.reparameterized:
-            long = "elbo", REFERENCE_PARTICLES
-        else:
-            long = ("enumerate", 1) if self.enumerable else ("rloo", REFERENCE_PARTICLES)
-        return plain, long if self._exact_mean(estimator) is None else None
+    def references(self, estimator: Estimator) -> tuple[Key | None, Key | None]:
+        """The plain estimator of the same bound, and the long run that tests for bias.
+
+        There may be none of the first, and none of the second where the mean is known exactly, too.
+        """
+        plain = estimator.plain(self.reparameterized)
+        if self._exact_mean(estimator) is not None:
+            return plain, None
+        *better, last = estimator.references(self.reparameterized) or (None,)
+        return plain, next((named for named in better if self._takes(named)), last)
+
+    def make(self, named: Named) -> Estimator:
+        """The estimator of this name, for this pair."""
+        return make(*named, self.alpha, self.nesting)
+
+    def _takes(self, named: Named) -> bool:
+        """Whether the pair can be measured by the estimator of this name."""
+        if named not in self._taken:
+            self._taken[named] = self._applies(self.make(named))
+        return self._taken[named]
 
     def fitted(self, estimator: Estimator) -> Estimator:
         """A copy whose baseline has been fitted to the batch."""
@@ -160,11 +167,11 @@ class Bench:
     ) -> GradientStats | dict[str, Tensor]:
         """Of a reference, with other noise and twice the draws; of one without noise, its gradient."""
         stats, _ = self.moments(estimator, self.draws_for(estimator), self.seed + 1, progress)
-        return stats.mean if isinstance(estimator, Enumerate) else stats
+        return stats.mean if estimator.noiseless else stats
 
     def draws_for(self, estimator: Estimator) -> int:
         """So many for a reference."""
-        return 4 if isinstance(estimator, Enumerate) else 2 * self.draws
+        return 4 if estimator.noiseless else 2 * self.draws
 
     def _gradient(self, estimator: Estimator) -> None:
         """One draw of the gradient, as training takes it."""
@@ -196,24 +203,34 @@ class Bench:
         long: GradientStats | dict[str, Tensor] | None,
         comparisons: int,
     ) -> tuple[BiasTest | None, str]:
-        """Whether the mean gradient is right; of reweighted wake-sleep, the decoder's."""
+        """Whether the mean gradient is right, or the decoder's where the guide's does not follow the bound."""
         reference = self._exact_mean(estimator) if long is None else long
-        wake = isinstance(estimator, Rws) and long is not None  # its own exact mean counts where it is known
-        bias = check_bias(
-            stats, reference, groups=("decoder",) if wake else ("all",), false_alarm=FALSE_ALARM / comparisons
-        )
+        if reference is None:
+            return None, "not tested: it names no reference"
+        in_part = (
+            not estimator.follows_bound and long is not None
+        )  # its own exact mean counts where it is known
+        groups = ("decoder",) if in_part else ("all",)
+        bias = check_bias(stats, reference, groups=groups, false_alarm=FALSE_ALARM / comparisons)
         verdict = "biased" if bias.biased else "unbiased"
-        return bias, f"{verdict} (decoder; phi follows another objective)" if wake else verdict
+        return bias, f"{verdict} (decoder; phi follows another objective)" if in_part else verdict
+
+    def _exact(self, estimator: Estimator | None) -> Truth | None:
+        """The exact moments, where there is a test-bed and the estimator has a twin."""
+        if self.exact is None or estimator is None or estimator.twin is None:
+            return None
+        return self.exact.truth(estimator)
 
     def _exact_mean(self, estimator: Estimator) -> dict[str, Tensor] | None:
-        truth = None if self.exact is None else self.exact.truth(estimator)
-        if truth is None:
-            return None
-        of_bound = truth if isinstance(estimator, Rws) else self.exact.truth(_plain_of_bound(estimator))
-        return None if of_bound is None else _by_parameter(of_bound.mean)
+        """The exact gradient that an estimator should have in the mean."""
+        truth, plain = self._exact(estimator), estimator.plain(use_rep=True)
+        if truth is not None and estimator.follows_bound:
+            truth = None if plain is None else self._exact(self.make(plain))
+        return None if truth is None else LinearGaussianPair.by_parameter(truth.mean)
 
-    def truth(self, estimator: Estimator, plain: Estimator) -> dict[str, float]:
-        truth, reference = (None if self.exact is None else self.exact.truth(e) for e in (estimator, plain))
+    def truth(self, estimator: Estimator, plain: Estimator | None) -> dict[str, float]:
+        """Exact values of what a row says, where those of the estimator and of the plain one are known."""
+        truth, reference = self._exact(estimator), self._exact(plain)
         if truth is None or reference is None:
             return {}
         total = sum(truth.variance.values())
@@ -255,20 +272,3 @@ class Bench:
             "within": noise,
             "between": spread - noise / self.draws,
         }
-
-
-def _plain_of_bound(estimator: Estimator) -> Estimator:
-    k = estimator.num_particles
-    if isinstance(estimator, Renyi):
-        return Renyi(num_particles=k, alpha=estimator.alpha)
-    return Iwae(num_particles=k) if estimator.importance_weighted else Elbo()
-
-
-def _by_parameter(values: dict[str, float]) -> dict[str, Tensor]:
-    """The test-bed's numbers as gradients of its pair's parameters."""
-    double = torch.float64
-    return {
-        "encoder.bias": torch.tensor([values["mu"], values["rho"]], dtype=double),
-        "decoder.weight": torch.tensor([[values["w"]]], dtype=double),
-        "decoder.bias": torch.tensor([values["b"]], dtype=double),
-    }

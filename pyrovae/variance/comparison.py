@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrovae.estimators import Estimator
 from pyrovae.programs.pairs import untouched
-from pyrovae.variance.bench import Bench, Key, make
+from pyrovae.variance.bench import Bench, Key
 from pyrovae.variance.names import USUAL, parse
 from pyrovae.variance.results import Comparison, Row, snr_slopes
 from pyrovae.variance.stats import GradientStats, Parts
@@ -35,8 +35,8 @@ def compare(
     """Measures estimators at these parameters on this batch, with common noise.
 
     Baselines are fitted to the batch for WARMUP draws and then held. Every estimator is tested for
-    bias against an independent run of the plain estimator of its bound, with other noise and twice
-    the draws, or against exact gradients.
+    bias against an independent run of a reference that it names, with other noise and twice the draws,
+    or against exact gradients. An estimator that names none is measured, and not tested.
 
     Args:
         model, guide: As for `gradient_moments`.
@@ -59,15 +59,12 @@ def compare(
     if not particles or min(particles) < 1:
         raise ValueError(f"expected particles of at least 1, got {', '.join(map(str, particles)) or 'none'}")
     with untouched(model, guide):
-        bench = Bench(model, guide, x, draws, seed, parts, exact, compile)
-        candidates, skipped = _candidates(estimators, particles, alpha, bench)
+        bench = Bench(model, guide, x, draws, seed, parts, exact, compile, alpha)
+        candidates, skipped = _candidates(estimators, particles, bench)
         if not candidates:
             raise ValueError(f"expected an estimator that applies, got none: {'; '.join(skipped.values())}")
-        references = {key: bench.reference(estimator) for key, estimator in candidates.items()}
-        for plain, _ in list(references.values()):  # what a ratio is taken to is measured, listed or not
-            candidates.setdefault(plain, make(*plain, alpha, bench.nesting))
-            references.setdefault(plain, bench.reference(candidates[plain]))
-        longs = {long: make(*long, alpha, bench.nesting) for _, long in references.values() if long is not None}
+        references = _with_plain(candidates, bench)
+        longs = {long: bench.make(long) for _, long in references.values() if long is not None}
         of_references = sum(bench.draws_for(estimator) for estimator in longs.values())
         total = draws * (len(candidates) + len(batches) * (len(batches) > 1)) + of_references
         counter = _Counter(total, progress)
@@ -82,7 +79,6 @@ def compare(
         for key, estimator in fitted.items():
             plain, long = references[key]
             bias, verdict = bench.verdict(estimator, stats[key], truths.get(long), len(fitted))
-            ratio, *interval = stats[key].ratio(stats[plain])
             evaluations = bench.evaluations(estimator)
             rows.append(
                 Row(
@@ -90,21 +86,40 @@ def compare(
                     particles=key[1],
                     verdict=verdict,
                     bias=bias,
-                    reference=plain[0],
-                    ratio=ratio,
-                    ratio_interval=tuple(interval),
                     seconds=seconds[key],
                     evaluations=evaluations,
                     work=stats[key].tr_cov() * seconds[key],
                     work_evaluations=stats[key].tr_cov() * evaluations,
                     peak_memory=memory[key],
-                    truth=bench.truth(estimator, fitted[plain]),
+                    truth=bench.truth(estimator, fitted.get(plain)),
+                    **_ratio(stats[key], plain, stats),
                     **_summary(stats[key]),
                 )
             )
         between = bench.between_batches(batches, counter("other batches")) if len(batches) > 1 else {}
     record = dict(settings or {}) | bench.settings() | {"draws": draws, "seed": seed}
     return Comparison(rows, skipped, snr_slopes(rows), between, record)
+
+
+def _with_plain(candidates: dict[Key, Estimator], bench: Bench) -> dict[Key, tuple[Key | None, Key | None]]:
+    """The references of all candidates, to which it adds the plain estimators that nobody has named.
+
+    A ratio's denominator is measured, whether it is listed or not.
+    """
+    references = {key: bench.references(estimator) for key, estimator in candidates.items()}
+    for plain, _ in list(references.values()):
+        if plain is not None:
+            candidates.setdefault(plain, bench.make(plain))
+            references.setdefault(plain, bench.references(candidates[plain]))
+    return references
+
+
+def _ratio(stats: GradientStats, plain: Key | None, every: Mapping[Key, GradientStats]) -> dict[str, Any]:
+    """What a row says of its reference."""
+    if plain is None:
+        return {"reference": "", "ratio": math.nan, "ratio_interval": (math.nan, math.nan)}
+    ratio, *interval = stats.ratio(every[plain])
+    return {"reference": plain[0], "ratio": ratio, "ratio_interval": tuple(interval)}
 
 
 def _summary(stats: GradientStats) -> dict[str, Any]:
@@ -145,7 +160,7 @@ class _Counter:
 
 
 def _candidates(
-    labels: Sequence[str], particles: Sequence[int], alpha: float | None, bench: "Bench"
+    labels: Sequence[str], particles: Sequence[int], bench: Bench
 ) -> tuple[dict[Key, Estimator], dict[str, str]]:
     """Those that take the number of particles and the pair; of the others, why not."""
     candidates: dict[Key, Estimator] = {}
@@ -154,7 +169,7 @@ def _candidates(
         parse(label)  # a name that is wrong is no estimator that does not apply
         for k in dict.fromkeys(particles):
             try:
-                estimator = make(label, k, alpha, bench.nesting)
+                estimator = bench.make((label, k))
             except ValueError as error:
                 skipped.setdefault(label, str(error))
                 continue

@@ -25,7 +25,7 @@ class Row:
         bias: The test behind the verdict, None where there was none.
         tr_cov: The trace of the covariance of one draw of the gradient, all parameters together.
         tr_cov_interval: Its 95 % confidence interval.
-        reference: The plain estimator of the same bound.
+        reference: The plain estimator of the same bound, or "" where the estimator names none.
         ratio: tr_cov over that of the reference with as many particles; nan where there is none.
         ratio_interval: Its 95 % confidence interval.
         relative: tr_cov over ||mean||^2.
