@@ -26,8 +26,8 @@ import numpy as np
 import pyro
 import torch
 
-from pyrovae import Config, Images, fit
-from pyrovae.data import datasets as data
+from pyrovae import Config, Images, data, fit
+from pyrovae.data import files
 
 CONFIG = Config(binarize="soft", hidden=(400,), activation="softplus", latent_dim=20, scale_head="exp")
 CHUNK = 10_000  # images written at a time
@@ -63,7 +63,7 @@ def train_once(path: Path, batch_size: int) -> dict[str, float]:
     """One epoch on the file, whatever its size; peaks of memory in GB, and seconds."""
     torch.set_num_threads(1)
     peaks = {"imported": resident()}
-    data.IN_MEMORY = 0
+    files.IN_MEMORY = 0
     started = time.perf_counter()
     dataset = replace(CONFIG, dataset=str(path)).make_dataset()
     dataset.checksum  # noqa: B018 - a run begins with it

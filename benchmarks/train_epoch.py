@@ -42,8 +42,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from pyrovae import VAE, Config, Elbo, Images, capture
-from pyrovae.data.datasets import default_data_dir
-from pyrovae.training.loop import DeferredSignals, _Trainer
+from pyrovae.data import default_data_dir
+from pyrovae.runtime.signals import DeferredSignals
+from pyrovae.training.loop import _Trainer
 
 CONFIG = Config(binarize="soft", hidden=(400,), activation="softplus", latent_dim=20, scale_head="exp")
 

@@ -14,10 +14,10 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyrovae.data.datasets import Images
-from pyrovae.guides.guides import Guide
-from pyrovae.likelihoods.likelihoods import Likelihood
-from pyrovae.networks.networks import Decoder
+from pyrovae.data import Images
+from pyrovae.guides import Guide
+from pyrovae.likelihoods import Likelihood
+from pyrovae.networks import Decoder
 from pyrovae.runtime.inputs import (
     check_above,
     check_codes,
@@ -55,9 +55,9 @@ class VAE(PyroModule):
             beta = 0 is not a probability model.
 
     Example:
-        >>> from pyrovae.networks.networks import MLP
-        >>> from pyrovae.guides.guides import MeanField
-        >>> from pyrovae.likelihoods.likelihoods import Bernoulli
+        >>> from pyrovae.networks import MLP
+        >>> from pyrovae.guides import MeanField
+        >>> from pyrovae.likelihoods import Bernoulli
         >>> shape, family = (1, 8, 8), MLP(hidden=(32,))
         >>> vae = VAE(
         ...     likelihood=Bernoulli(),

@@ -3,7 +3,7 @@
 from itertools import product
 
 from pyrovae.estimators import ESTIMATORS, Draws, Estimator
-from pyrovae.guides.guides import GUIDES
+from pyrovae.guides import GUIDES
 
 OF_CODES = "disarm", "enumerate"  # tuples: xdist needs one order of tests
 OF_GAUSSIANS = ("measure-valued",)

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 
 from pyrovae import runs
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import load_dataset
+from pyrovae.data import load_dataset
 from pyrovae.runs import assessment, laboratory
 from pyrovae.runs import sweeps as sweep
 from pyrovae.runs.assessment import Examination

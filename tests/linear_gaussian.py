@@ -11,7 +11,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.variance.moments import GradientStats, _block_size, gradient_moments
+from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.stats import GradientStats, block_size
 from pyrovae.variance.testbed import LinearGaussian
 
 NAMES = ("mu", "rho", "w", "b")
@@ -103,7 +104,7 @@ def stats_of(samples: torch.Tensor, seed: int = 0) -> GradientStats:
     """The statistics of these draws of a gradient, (draws, entries), all of one parameter."""
     samples = samples.double()
     n, spread = len(samples), samples.var(0)
-    block = _block_size(n)
+    block = block_size(n)
     before = torch.arange(n) // block * block
     centres = samples.cumsum(0)[before - 1] / before.clamp(min=1)[:, None]
     distances = (samples - centres).square().sum(1) * before / (before + 1)

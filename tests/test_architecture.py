@@ -11,12 +11,9 @@ import pytest
 import torch
 
 import pyrovae
-from pyrovae import estimators
-from pyrovae.data.datasets import DATASETS
+from pyrovae import estimators, guides, likelihoods, networks
+from pyrovae.data import DATASETS
 from pyrovae.evaluation.bounds import variance_of_means
-from pyrovae.guides import guides
-from pyrovae.likelihoods import likelihoods
-from pyrovae.networks import networks
 
 PACKAGE = Path(pyrovae.__file__).parent
 FLOORS = [  # folders and modules of the package, which import from lower floors only

@@ -10,7 +10,7 @@ import torch
 from pyro.infer import Trace_ELBO
 
 from pyrovae import figures, runs
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
 from pyrovae.runs import pictures

@@ -26,7 +26,8 @@ from pyrovae.estimators import (
 )
 from pyrovae.variance import bias
 from pyrovae.variance.bias import check_bias
-from pyrovae.variance.moments import GradientStats, gradient_moments
+from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.stats import GradientStats
 from tests.linear_gaussian import OFF, TABLED, by_parameter, measured, runs, stats_of
 
 F64 = torch.float64

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyrovae.guides import checks
+from pyrovae.guides import GUIDES, Guide, checks
 from pyrovae.guides.checks import check_guide
-from pyrovae.guides.guides import GUIDES, Guide
-from pyrovae.networks.networks import CNN, MLP
+from pyrovae.networks import CNN, MLP
 from tests.combinations import SMALL
 from tests.test_guides import make_guide
 

@@ -21,16 +21,16 @@ import pyrovae
 from pyrovae import runs
 from pyrovae.cli.group import MODULES, SUMMARIES, main
 from pyrovae.cli.train import train_command
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides.guides import GUIDES
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS
+from pyrovae.guides import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
 from pyrovae.runs import laboratory
 from pyrovae.runs.config import Config
 from pyrovae.training.checkpoints import read_metrics
-from pyrovae.variance import bias, comparison
-from pyrovae.variance.comparison import every_estimator
+from pyrovae.variance import bench, bias
+from pyrovae.variance.names import every_estimator
 from tests.test_data import BAD_ARRAYS, Bomb
 
 CHECKOUT = Path(pyrovae.__file__).parents[1]
@@ -485,7 +485,7 @@ def _quickly(monkeypatch):
     """Results come without figures and with coarse p-values and timings, which take most of the time."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
     monkeypatch.setattr(bias, "FLIPS", 1000)
-    monkeypatch.setattr(comparison, "TIMINGS", 1)
+    monkeypatch.setattr(bench, "TIMINGS", 1)
     bias._signs.cache_clear()
     yield
     bias._signs.cache_clear()
@@ -622,7 +622,7 @@ def test_a_wrong_call_of_variance_is_one_line(run, monkeypatch, args, naming):
     """And is found before anything is measured."""
     Path("taken").mkdir()
     Path("taken/file").write_text("kept")
-    monkeypatch.setattr(comparison, "gradient_moments", never)
+    monkeypatch.setattr(bench, "gradient_moments", never)
     check_wrong_call("variance", run, *args.split(), naming=naming)
 
 

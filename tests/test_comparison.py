@@ -14,9 +14,11 @@ import torch
 
 from pyrovae.estimators import ESTIMATORS, Dreg, Elbo, Iwae, Renyi, Rloo, RunningMean, StickingTheLanding
 from pyrovae.runs.config import Config
-from pyrovae.variance import bias, comparison
-from pyrovae.variance.comparison import USUAL, Comparison, Row, compare, every_estimator, parse, snr_slopes
+from pyrovae.variance import bench, bias, comparison
+from pyrovae.variance.comparison import compare
 from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.names import USUAL, every_estimator, parse
+from pyrovae.variance.results import Comparison, Row, snr_slopes
 from pyrovae.variance.testbed import LinearGaussian
 from tests.rounding import rounding
 from tests.test_per_datum import KINDS
@@ -72,8 +74,8 @@ def _fewer():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         patch.setattr(bias, "FLIPS", 1000)
-        patch.setattr(comparison, "WARMUP", 20)
-        patch.setattr(comparison, "TIMINGS", 1)
+        patch.setattr(bench, "WARMUP", 20)
+        patch.setattr(bench, "TIMINGS", 1)
         bias._signs.cache_clear()
         yield
     bias._signs.cache_clear()
@@ -397,7 +399,7 @@ def test_a_baseline_is_fitted_to_the_batch(make_vae, monkeypatch):
     """Fitted, it is worth a factor; the estimators in the registry learn nothing of it."""
     vae = make_vae(hidden=(8,), guide="bernoulli-code")
     fitted = compared(vae, "running-mean", particles=(1,)).rows[0].ratio
-    monkeypatch.setattr(comparison, "WARMUP", 0)
+    monkeypatch.setattr(bench, "WARMUP", 0)
     [row, _] = compared(vae, "running-mean", particles=(1,)).rows
     assert row.ratio == pytest.approx(1)
     assert fitted < 0.1

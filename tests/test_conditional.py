@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae import runs
-from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.data import Images, load_dataset
 from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS, ClassPlanes
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS, ClassPlanes
 from pyrovae.runs import assessment, pictures
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config

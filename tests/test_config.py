@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pyrovae import runs
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data import DATASETS
 from pyrovae.estimators import ESTIMATORS, Renyi
-from pyrovae.guides.guides import GUIDES, SCALE_HEADS
-from pyrovae.likelihoods.likelihoods import BINARIZATIONS, LIKELIHOODS
-from pyrovae.networks.networks import ACTIVATIONS, NETWORKS
+from pyrovae.guides import GUIDES, SCALE_HEADS
+from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
+from pyrovae.networks import ACTIVATIONS, NETWORKS
 from pyrovae.runs.config import Config
 from tests.combinations import EVERY, EXISTING, FEW, KINDS, SMALL, refusal, several
 

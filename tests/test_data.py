@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pyrovae import runs
-from pyrovae.data.datasets import DATASETS, Dataset, Images, load_dataset
+from pyrovae.data import DATASETS, Dataset, Images, load_dataset
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
 

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from pyrovae import vae
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
 from tests.combinations import FEW, SMALL, adapt, several
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pyrovae import runs
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS
 from pyrovae.programs.graphs import CaptureWarning
 from pyrovae.runs.config import Config

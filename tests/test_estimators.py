@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import (
     ESTIMATORS,
     AnalyticKL,

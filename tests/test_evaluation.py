@@ -14,7 +14,7 @@ from sklearn.datasets import make_blobs
 from torch import nn
 
 from pyrovae import runs
-from pyrovae.data.datasets import Dataset, Images
+from pyrovae.data import Dataset, Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
 from pyrovae.evaluation.bounds import (
     Probes,
@@ -29,8 +29,8 @@ from pyrovae.evaluation.bounds import (
 )
 from pyrovae.evaluation.evidence import bidirectional
 from pyrovae.evaluation.weights import Evidence
-from pyrovae.guides.guides import Guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.guides import Guide
+from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.runs import assessment
 from pyrovae.runs.assessment import Assessment, Average, Bounds, Examination, Weighing
 from pyrovae.runs.config import Config

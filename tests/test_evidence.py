@@ -15,9 +15,9 @@ from pyrovae.evaluation import evidence
 from pyrovae.evaluation.annealing import Point, anneal, schedule, transition
 from pyrovae.evaluation.evidence import annealed, bidirectional, importance_weighted, naive
 from pyrovae.evaluation.pareto import PRIOR_COUNT, PRIOR_K, tail_length
-from pyrovae.guides.guides import Guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS, Likelihood
-from pyrovae.networks.networks import Decoder
+from pyrovae.guides import Guide
+from pyrovae.likelihoods import LIKELIHOODS, Likelihood
+from pyrovae.networks import Decoder
 from pyrovae.runtime.random_states import seeded
 from pyrovae.vae import VAE
 

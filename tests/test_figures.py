@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from pyrovae import figures
 from pyrovae.vae import prior_grid
-from pyrovae.variance.comparison import Row
 from pyrovae.variance.intervals import Slope
+from pyrovae.variance.results import Row
 from tests.test_comparison import make_row
 
 TERMS = ("elbo", "reconstruction", "kl")

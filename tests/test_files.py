@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from pyrovae import runs
+from pyrovae.data import Images, files, load_dataset
 from pyrovae.data import datasets as data
-from pyrovae.data import files
-from pyrovae.data.datasets import Images, load_dataset
 from pyrovae.evaluation.bounds import evaluate, pca_squared_error, squared_error
 from pyrovae.runs import assessment, pictures
 from pyrovae.runs.config import Config
@@ -35,7 +34,7 @@ ROUNDING = 1e-4
 @pytest.fixture
 def always_on_disk(monkeypatch):
     """Every `.npy` stays in its file."""
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(files, "IN_MEMORY", 0)
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def loaded_twice(file: Path, **options) -> tuple[data.Dataset, data.Dataset]:
     """In memory, and in their file."""
     in_memory = load_dataset(str(file), **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "IN_MEMORY", 0)
+        patch.setattr(files, "IN_MEMORY", 0)
         return in_memory, load_dataset(str(file), **options)
 
 
@@ -137,7 +136,7 @@ def test_nothing_is_read_to_split(saved, always_on_disk, monkeypatch):
 
 def test_only_what_is_used_decides_whether_it_stays_in_the_file(saved, monkeypatch):
     file = saved(noise(200, 8, 8))
-    monkeypatch.setattr(data, "IN_MEMORY", 100 * 64 * 4)
+    monkeypatch.setattr(files, "IN_MEMORY", 100 * 64 * 4)
     assert load_dataset(str(file)).train.on_disk
     assert not load_dataset(str(file), limit=(60, 20)).train.on_disk
 
@@ -310,7 +309,7 @@ def test_a_run_on_a_file_is_continued_and_refuses_other_data(run, saved):
 def in_memory_too(monkeypatch, function):
     """What it gives of images in their file, and of the same in memory."""
     ours = function()
-    monkeypatch.setattr(data, "IN_MEMORY", 2**30)
+    monkeypatch.setattr(files, "IN_MEMORY", 2**30)
     return ours, function()
 
 
@@ -414,7 +413,7 @@ def test_runs_on_a_file_side_by_side(run, tmp_path):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from pyrovae.data import datasets as data
+from pyrovae import data
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import load_dataset
+from pyrovae.data import load_dataset
 from pyrovae.data.folders import DataWarning, Folder, Remarks, _suffixes
 
 

@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
 from pyrovae.estimators import ESTIMATORS, Elbo, Iwae, LearnedBaseline, RunningMean
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.programs.graphs import Capture, CaptureWarning, NotCaptured, capture, inductor
 from pyrovae.programs.graphs.comparisons import compare
 from tests.combinations import EXISTING, FEW, KINDS, SMALL, several

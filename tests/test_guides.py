@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyrovae import runs
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
 from pyrovae.evaluation.bounds import kl_per_image, latent_means
 from pyrovae.evaluation.evidence import importance_weighted
-from pyrovae.guides.guides import GUIDES, BernoulliCode, Guide, MeanField
-from pyrovae.likelihoods.likelihoods import Bernoulli
-from pyrovae.networks.networks import MLP, NETWORKS, Encoder
+from pyrovae.guides import GUIDES, BernoulliCode, Guide, MeanField
+from pyrovae.likelihoods import Bernoulli
+from pyrovae.networks import MLP, NETWORKS, Encoder
 from pyrovae.runs import pictures
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config

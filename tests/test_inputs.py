@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pyrovae.data import datasets as data
-from pyrovae.data.datasets import Dataset, Images
+import pyrovae.data.images
+from pyrovae.data import Dataset, Images
 from pyrovae.evaluation.bounds import evaluate, kl_per_image, latent_means, squared_error
 from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
+from pyrovae.guides import make_guide
 from pyrovae.guides.checks import check_guide
-from pyrovae.guides.guides import make_guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import MLP
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import MLP
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.laboratory import Measurement
 from pyrovae.runtime import inputs
@@ -387,7 +387,7 @@ def test_a_dataset_of_another_shape_is_one_line(vae, which):
 def test_training_looks_at_the_values_before_its_loop_only(vae, monkeypatch):
     """However many batches and epochs there are."""
     seen = []
-    for module in (inputs, data):
+    for module in (inputs, pyrovae.data.images):
         monkeypatch.setattr(module, "check_pixels", lambda *args: seen.append("pixels"))
     monkeypatch.setattr("pyrovae.vae.check_pixels", lambda *args: seen.append("pixels"))
     monkeypatch.setattr("pyrovae.vae.check_labels", lambda *args, **kwargs: seen.append("labels"))
@@ -402,7 +402,7 @@ def test_training_looks_at_the_values_before_its_loop_only(vae, monkeypatch):
 
 def test_parts_of_images_are_not_looked_at_again(monkeypatch):
     images = Images(grey(), torch.arange(6))
-    monkeypatch.setattr(data, "check_pixels", lambda *args: pytest.fail("looked at twice"))
+    monkeypatch.setattr("pyrovae.data.images.check_pixels", lambda *args: pytest.fail("looked at twice"))
     for part in (images[2:4], images.subset(torch.tensor([1])), images.to("cpu"), images.without_labels()):
         assert isinstance(part, Images)
     assert [len(batch) for batch in images.batches(torch.arange(6).split(4))] == [4, 2]

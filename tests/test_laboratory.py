@@ -27,8 +27,10 @@ from pyrovae.runs.laboratory import (
 )
 from pyrovae.training.loop import fit
 from pyrovae.variance import bias, comparison
-from pyrovae.variance.comparison import USUAL, Comparison, Row
+from pyrovae.variance.bench import make
 from pyrovae.variance.intervals import Slope
+from pyrovae.variance.names import USUAL
+from pyrovae.variance.results import Comparison, Row
 from pyrovae.variance.testbed import LinearGaussian
 from tests.test_comparison import make_row
 
@@ -164,7 +166,7 @@ def test_of_config_is_before_training():
 def test_of_testbed_is_beside_the_truth(of_testbed):
     rows = {(row.estimator, row.particles): row for row in of_testbed.rows}
     assert rows["measure-valued", 1].truth["tr_cov"] == pytest.approx(
-        sum(LinearGaussian().truth(comparison._make("measure-valued", 1, None)).variance.values())
+        sum(LinearGaussian().truth(make("measure-valued", 1, None)).variance.values())
     )
     assert rows["dreg", 2].truth
     assert rows["dreg", 8].truth == {}

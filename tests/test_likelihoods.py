@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyrovae.likelihoods.likelihoods import (
+from pyrovae.likelihoods import (
     BINARIZATIONS,
     LIKELIHOODS,
     Bernoulli,

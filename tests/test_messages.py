@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.cli.messages import less_memory
-from pyrovae.data.datasets import Images, load_dataset
+from pyrovae.data import Images, load_dataset
+from pyrovae.guides import make_guide
 from pyrovae.guides.checks import check_guide
-from pyrovae.guides.guides import make_guide
-from pyrovae.networks.networks import MLP
+from pyrovae.networks import MLP
 from pyrovae.runs import pictures
 from pyrovae.runs import sweeps as sweep
 from pyrovae.runs.assessment import Examination

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pyrovae.guides.guides import MeanField
-from pyrovae.likelihoods.likelihoods import Gaussian
-from pyrovae.networks.networks import ACTIVATIONS, CNN, MLP, NETWORKS, Decoder, Encoder
+from pyrovae.guides import MeanField
+from pyrovae.likelihoods import Gaussian
+from pyrovae.networks import ACTIVATIONS, CNN, MLP, NETWORKS, Decoder, Encoder
 from pyrovae.vae import VAE
 
 MNIST = (1, 28, 28)

@@ -19,8 +19,9 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 
 from pyrovae.estimators import AnalyticKL, Elbo, Iwae, Rloo
-from pyrovae.variance.moments import GradientStats, gradient_moments
-from pyrovae.variance.per_draw import NotVectorized
+from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.passes import NotVectorized
+from pyrovae.variance.stats import GradientStats
 from pyrovae.variance.testbed import LinearGaussian, LinearGaussianPair
 from tests.linear_gaussian import by_parameter
 from tests.test_per_draw import assert_same

@@ -18,12 +18,14 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyrovae.estimators import AnalyticKL, Dreg, Elbo, Iwae, LearnedBaseline, Rloo, RunningMean, Vimco
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.programs.graphs import Capture, CaptureWarning
 from pyrovae.variance import per_draw
-from pyrovae.variance.comparison import every_estimator, parse
-from pyrovae.variance.moments import GradientStats, gradient_moments
-from pyrovae.variance.per_draw import Gradient, NotVectorized
+from pyrovae.variance.layers import Gradient
+from pyrovae.variance.moments import gradient_moments
+from pyrovae.variance.names import every_estimator, parse
+from pyrovae.variance.passes import NotVectorized
+from pyrovae.variance.stats import GradientStats
 from tests.combinations import KINDS, SMALL, adapt, refusal, several, takes
 from tests.test_graphs import traced
 
@@ -267,15 +269,15 @@ def test_results_do_not_depend_on_memory_by_factors(make_vae, monkeypatch):
 @pytest.fixture
 def by_factors(monkeypatch):
     """Which gradients were summed by their factors, as (draws, rows, in, out)."""
-    from pyrovae.variance.moments import _Tally
+    from pyrovae.variance.tallies import Tally
 
-    taken, add = [], _Tally._add_factors
+    taken, add = [], Tally._add_factors
 
     def spy(self, inputs, deltas, blocks):
         taken.append((*deltas.shape[:2], inputs.shape[-1], deltas.shape[-1]))
         add(self, inputs, deltas, blocks)
 
-    monkeypatch.setattr(_Tally, "_add_factors", spy)
+    monkeypatch.setattr(Tally, "_add_factors", spy)
     return taken
 
 

@@ -13,8 +13,8 @@ from torch.distributions import kl_divergence
 
 from pyrovae.estimators import Elbo
 from pyrovae.evaluation.evidence import importance_weighted
-from pyrovae.guides.guides import GUIDES, Guide
-from pyrovae.networks.networks import Decoder, Encoder
+from pyrovae.guides import GUIDES, Guide
+from pyrovae.networks import Decoder, Encoder
 from pyrovae.vae import VAE
 from tests.test_evidence import T2, Linear, Posterior, exact
 

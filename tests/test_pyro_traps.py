@@ -15,10 +15,10 @@ from pyro.infer import SVI
 from pyro.nn import PyroModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import ESTIMATORS, Elbo
 from pyrovae.evaluation.bounds import evaluate
-from pyrovae.guides.guides import Guide
+from pyrovae.guides import Guide
 from pyrovae.runtime.random_states import random_states, set_random_states
 from pyrovae.training.loop import fit
 from pyrovae.vae import VAE

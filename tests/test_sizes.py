@@ -21,9 +21,8 @@ from PIL import Image
 from benchmarks.faults.shared import Child
 from pyrovae import runs
 from pyrovae.cli.group import main
-from pyrovae.data import datasets as data
-from pyrovae.data import folders
-from pyrovae.data.datasets import load_dataset
+from pyrovae.data import folders, load_dataset
+from pyrovae.data.arrays import _needed
 from pyrovae.runs.config import Config
 from pyrovae.runtime import sizes
 from pyrovae.runtime.sizes import Declared, declared_arrays
@@ -236,7 +235,7 @@ def test_the_memory_that_is_computed_is_what_reading_takes(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     np.savez("images.npz", images=np.ones(shape, dtype) * dtype(200 if dtype is np.uint8 else 1))
     with open("images.npz", "rb") as file:
-        needed = data._needed(declared_arrays(file))
+        needed = _needed(declared_arrays(file))
     load_dataset("images.npz")  # what is imported and cached once
     taken = peak(lambda: load_dataset("images.npz"))
     assert 0.85 * needed < taken < 1.1 * needed + 8e6

@@ -20,10 +20,9 @@ import pyrovae.training.checkpoints
 import pyrovae.training.loop
 from pyrovae import runs
 from pyrovae.cli.group import main
-from pyrovae.data import datasets as data
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images, files
 from pyrovae.evaluation.bounds import bits_per_dim, evaluate, without_constant
-from pyrovae.likelihoods.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
+from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.programs.graphs import CaptureWarning, Step
 from pyrovae.runs.config import Config
 from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
@@ -223,7 +222,7 @@ def test_a_run_on_a_file_is_bit_identical_to_one_in_memory(tmp_path, interrupt, 
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (150, 8, 8), dtype=np.uint8))
     config = Config(**TINY | VARIANTS[variant] | {"dataset": str(tmp_path / "images.npy")})
     in_memory, _ = runs.train(config, out=tmp_path / "in_memory")
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(files, "IN_MEMORY", 0)
     assert config.make_dataset().train.on_disk
     interrupt(7)
     from_file, result = runs.train(config, out=tmp_path / "from_file")

@@ -29,7 +29,7 @@ SPY = """
 import pathlib
 with open({mark!r}, "a") as file:
     print(__name__, file=file)
-from pyrovae.guides.guides import Guide, MeanField
+from pyrovae.guides import Guide, MeanField
 class G(MeanField):
     pass
 class Abstract(Guide):

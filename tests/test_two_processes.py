@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from pyrovae import runs
 from pyrovae.cli.group import main
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.programs.graphs import Step
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed

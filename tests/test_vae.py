@@ -9,9 +9,9 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import nn
 
-from pyrovae.guides.guides import GUIDES, SCALE_HEADS, Guide, MeanField
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS, Bernoulli
-from pyrovae.networks.networks import MLP, NETWORKS
+from pyrovae.guides import GUIDES, SCALE_HEADS, Guide, MeanField
+from pyrovae.likelihoods import LIKELIHOODS, Bernoulli
+from pyrovae.networks import MLP, NETWORKS
 from pyrovae.vae import VAE, prior_grid
 
 F64 = torch.float64

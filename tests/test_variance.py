@@ -25,7 +25,7 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.variance.moments import GradientStats
+from pyrovae.variance.stats import GradientStats
 from tests.linear_gaussian import MILD, OFF, TABLED, by_parameter, measured, random_case, runs, stats_of
 from tests.test_per_draw import assert_same, independent
 

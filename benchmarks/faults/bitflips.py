@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from shared import TINY, Child, command, equal, prepare, report, workplace
 
-from pyrovae.data.datasets import read_arrays
+from pyrovae.data import read_arrays
 from pyrovae.training.checkpoints import FORMAT, CheckpointError, _verify, load_checkpoint, save_atomically
 
 SIZES = 10_000, 1_000_000, 50_000_000  # numbers in the checkpoints that are timed

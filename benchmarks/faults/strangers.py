@@ -20,7 +20,7 @@ from shared import TINY, Child, command, prepare, report, workplace
 NOTES = """
 with open({note!r}, "a") as file:
     print(__name__, file=file)
-from pyrovae.guides.guides import MeanField
+from pyrovae.guides import MeanField
 class G(MeanField):
     pass
 def function(*arguments, **settings):

@@ -6,11 +6,11 @@ import click
 
 from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import say
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data.sources import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides.guides import GUIDES
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS
-from pyrovae.networks.networks import NETWORKS
+from pyrovae.guides.registry import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.networks import NETWORKS
 
 
 def _list() -> None:

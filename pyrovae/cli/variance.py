@@ -13,7 +13,8 @@ from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import TRUST, Parsed, counts, given_in, option_of
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import TESTBEDS, Measurement, results_directory, table, write
-from pyrovae.variance.comparison import Comparison, every_estimator
+from pyrovae.variance.names import every_estimator
+from pyrovae.variance.results import Comparison
 
 # Options of a measurement, not of the model.
 _MEASURED = "batch_size", "seed", "cuda", "alpha", "data_dir", "compile"

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+IN_MEMORY = 2**30  # bytes as float32 up to which a `.npy` is read into memory, which is faster
 CHUNK = 2**24  # bytes read at a time where everything is read
 WORKERS = 4  # threads that read ahead: more than one, for a disk serves several requests at once
 AHEAD, MOST_AHEAD = 8, 2**26  # batches read ahead, and bytes of them, but always one batch

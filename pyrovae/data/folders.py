@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pyrovae.data.arrays import check_grey_levels, images_from_array
+from pyrovae.data.images import Source
 from pyrovae.runtime.schemas import RAISED_BY_DAMAGE
 from pyrovae.runtime.sizes import check_fits
 
@@ -242,3 +244,16 @@ def _opaque(image, remarks: Remarks):
 def _reason(error: Exception) -> str:
     """One line of what an error says, or its kind if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_folder(path: Path, image_size: int | None) -> Source:
+    """Images from the files in a folder; its subfolders, if it has any, are classes.
+
+    Warns:
+        DataWarning: Files were left out, or images changed.
+    """
+    folder = Folder.read(path, image_size)
+    check_grey_levels(path, [folder.images])
+    if str(folder.remarks):
+        warnings.warn(f"{path}: {folder.remarks}", DataWarning, stacklevel=2)
+    return Source(images_from_array(path, folder.images, folder.labels), None, levels=256)

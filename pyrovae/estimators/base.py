@@ -1,38 +1,23 @@
-"""The abstract `Estimator`, which every estimator derives from, and how it samples the guide."""
+"""The abstract `Estimator`, from which every estimator derives."""
 
 import abc
-import contextlib
 import math
-import re
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pyro.poutine as poutine
 import torch
 from jaxtyping import Float
-from pyro.distributions.distribution import Distribution
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger, unwrap
 from torch import Tensor
 
-from pyrovae.estimators.antithetic import NoMirrorImage, antithetic_pairs, innermost
 from pyrovae.estimators.dependence import depends
 from pyrovae.estimators.draws import Draws
-from pyrovae.estimators.layout import PARTICLES, Site, too_deep
-from pyrovae.estimators.traces import (
-    Enumerated,
-    Gates,
-    Program,
-    check_sampled,
-    is_drawn,
-    point_masses,
-    replayed,
-    sample_sites,
-    traced,
-)
+from pyrovae.estimators.references import Named
+from pyrovae.estimators.sampling import Sampling, check_reparameterized, explained
+from pyrovae.estimators.traces import Gates, Program, point_masses, replayed, traced
+from pyrovae.estimators.twins import Twin
 from pyrovae.estimators.weights import check_weights
-
-_COLLISION = re.compile(f'plates "(.+)" and "{PARTICLES}", collide at dim=(-[0-9]+)')
 
 
 class Estimator(ELBO, abc.ABC):
@@ -70,6 +55,10 @@ class Estimator(ELBO, abc.ABC):
         importance_weighted: Whether the bound is made of importance weights, which beta != 1 spoils.
         independent: Whether a particle's gradient uses that the other particles are independent of it.
         needs_density: Whether it is a bound on log p(x), to which log q(z|x) belongs.
+        follows_bound: Whether the gradient in the guide's parameters estimates that of the bound.
+        noiseless: Whether the gradient is exact, whatever is drawn.
+        twin: Its exact gradient for one linear-Gaussian datum (see `twins`), None where it has none. A subclass
+            gives another gradient, so it does not inherit a twin.
 
     Raises:
         ValueError: There is no such estimator, or `max_plate_nesting` is below 1.
@@ -80,6 +69,13 @@ class Estimator(ELBO, abc.ABC):
     importance_weighted: ClassVar[bool] = False
     independent: ClassVar[bool] = False
     needs_density: ClassVar[bool] = True
+    follows_bound: ClassVar[bool] = True
+    noiseless: ClassVar[bool] = False
+    twin: ClassVar[Twin | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.twin = vars(cls).get("twin")
 
     def __init__(
         self,
@@ -132,6 +128,26 @@ class Estimator(ELBO, abc.ABC):
     def kl(self, draws: Draws) -> Float[Tensor, " B"]:
         """KL(q(z|x) || p(z)), per datum, beta included, in nats."""
         return (draws.log_guide - draws.log_prior).mean(0)
+
+    def plain(self, use_rep: bool) -> Named | None:
+        """The plain estimator of the same bound, by its name in ESTIMATORS and K; None where it names none.
+
+        A comparison gives the variance of this estimator as a part of that one's.
+
+        Args:
+            use_rep: Whether the guide has a reparameterized sampler.
+        """
+        return None
+
+    def references(self, use_rep: bool) -> tuple[Named, ...]:
+        """Estimators whose mean gradient this one's should have, the best first; empty where it names none.
+
+        A comparison draws the first that takes the pair many times, and tests this estimator for bias by it.
+
+        Args:
+            use_rep: Whether the guide has a reparameterized sampler.
+        """
+        return ()
 
     def adapt(self, log_weight: Float[Tensor, "K B"], observations: Float[Tensor, "B D"]) -> None:
         """Learns from the draws of a step what later surrogates use, a baseline say.
@@ -187,7 +203,7 @@ class Estimator(ELBO, abc.ABC):
                 "posterior Pyro's Trace_ELBO"
             )
         values, num_particles = self._explored(guide_trace)
-        with _explained():
+        with explained():
             model_trace = replayed(bound_model, values, num_particles, min(-self.max_plate_nesting, -2))
         draws = Draws(model_trace, values, num_particles, bound_model, gates)
         if draws.layout.plates and self._ties_data(draws, bound_guide):
@@ -222,10 +238,10 @@ class Estimator(ELBO, abc.ABC):
             with gates:
                 guide()
 
-        with _explained(), _Sampling(self.antithetic, detach=not self.use_rep):
+        with explained(), Sampling(self.antithetic, detach=not self.use_rep):
             guide_trace = traced(gated, self.num_particles, -self.max_plate_nesting)
         if self.use_rep:
-            _check_reparameterized(guide_trace)
+            check_reparameterized(guide_trace)
         return guide_trace, gates
 
     def _explored(self, guide_trace: poutine.Trace) -> tuple[poutine.Trace, int]:
@@ -256,45 +272,3 @@ class Estimator(ELBO, abc.ABC):
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return loss.item()
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Raises errors of running a program in the words of these estimators."""
-    try:
-        yield
-    except (Enumerated, NoMirrorImage) as error:  # a ValueError there would have Pyro append the trace's shapes
-        raise ValueError(str(error)) from None
-    except ValueError as error:
-        if collision := _COLLISION.search(str(error)):
-            raise ValueError(too_deep(collision[1], int(collision[2]), -int(collision[2]))) from None
-        raise
-
-
-class _Sampling(Messenger):
-    """How a guide's latent sites are drawn: in antithetic pairs, cut from the graph, or as ever."""
-
-    def __init__(self, antithetic: bool, detach: bool):
-        super().__init__()
-        self.antithetic, self.detach = antithetic, detach
-
-    def _pyro_sample(self, msg: Site) -> None:
-        check_sampled(msg)
-        if self.antithetic and is_drawn(msg):
-            msg["value"] = antithetic_pairs(msg["fn"])
-
-    def _pyro_post_sample(self, msg: Site) -> None:
-        if self.detach and is_drawn(msg):
-            msg["value"] = msg["value"].detach()
-
-
-def _check_reparameterized(guide_trace: poutine.Trace) -> None:
-    for name, site in sample_sites(guide_trace).items():
-        lack = "has no rsample" if not site["fn"].has_rsample else ""
-        if type(innermost(site["fn"])).score_parts is not Distribution.score_parts:  # a rejection sampler
-            lack = "has one for a part of its gradient only"
-        if lack:
-            raise ValueError(
-                f"expected a reparameterized sampler at guide site {name!r}, got {site['fn']}, which {lack}: "
-                "use the score function (use_rep=False)"
-            )

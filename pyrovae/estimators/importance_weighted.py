@@ -7,9 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyrovae.estimators import twins
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.draws import Draws
+from pyrovae.estimators.references import Named, of_elbo, plain
 from pyrovae.estimators.score_function import leave_one_out_mean
+from pyrovae.estimators.twins import Twin
 
 
 class Iwae(Estimator):
@@ -27,6 +30,7 @@ class Iwae(Estimator):
 
     importance_weighted: ClassVar = True
     independent: ClassVar = True
+    twin: ClassVar = Twin(twins.iwae)
     alpha: float = 0.0
 
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
@@ -38,6 +42,14 @@ class Iwae(Estimator):
             return self.bound(draws)
         signal = self.bound(draws).detach() - self.weights(draws)
         return (self.weights(draws) * draws.log_joint + signal * draws.score).sum(0)
+
+    def plain(self, use_rep: bool) -> Named | None:
+        return plain("iwae", self.num_particles, use_rep)
+
+    def references(self, use_rep: bool) -> tuple[Named, ...]:
+        if self.num_particles == 1:  # the bound is the ELBO
+            return of_elbo(use_rep)
+        return (("iwae" if use_rep else "vimco", self.num_particles),)
 
     def weights(self, draws: Draws) -> Float[Tensor, "K B"]:
         """The normalised weights, which sum to 1 over the particles, without gradient."""
@@ -60,11 +72,21 @@ class Renyi(Iwae):
         ValueError: expected alpha from 0 to below 1, got 1.0
     """
 
+    twin: ClassVar = Twin(twins.iwae)
+
     def __init__(self, *, alpha: float = 0.5, **settings):
         super().__init__(**settings)
         if not 0 <= alpha < 1:
             raise ValueError(f"expected alpha from 0 to below 1, got {alpha}")
         self.alpha = alpha
+
+    def plain(self, use_rep: bool) -> Named | None:
+        return plain("renyi", self.num_particles, use_rep)
+
+    def references(self, use_rep: bool) -> tuple[Named, ...]:
+        if self.num_particles == 1:
+            return of_elbo(use_rep)
+        return (plain("renyi", self.num_particles, use_rep),)
 
 
 class Vimco(Iwae):
@@ -79,6 +101,7 @@ class Vimco(Iwae):
         2
     """
 
+    twin: ClassVar = Twin(twins.vimco)
     gradients: ClassVar = (False,)
     particles: ClassVar = (2, None)
 
@@ -102,6 +125,7 @@ class StlIwae(Iwae):
         True
     """
 
+    twin: ClassVar = Twin(twins.stl_iwae)
     gradients: ClassVar = (True,)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
@@ -119,6 +143,8 @@ class Dreg(StlIwae):
         >>> Dreg(num_particles=8).use_rep
         True
     """
+
+    twin: ClassVar = Twin(twins.dreg)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         draws.weigh_samples(self.weights(draws))
@@ -138,6 +164,8 @@ class Rws(StlIwae):
         False
     """
 
+    twin: ClassVar = Twin(twins.rws)
+    follows_bound: ClassVar = False
     gradients: ClassVar = (False, True)
     particles: ClassVar = (2, None)
 

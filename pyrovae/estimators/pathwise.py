@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Normal
 
+from pyrovae.estimators import twins
 from pyrovae.estimators.antithetic import innermost
 from pyrovae.estimators.base import Estimator
 from pyrovae.estimators.draws import Draws
+from pyrovae.estimators.references import Named, of_elbo, plain
+from pyrovae.estimators.twins import Twin
 from pyrovae.runtime.buffers import kept_buffers
 
 
@@ -28,6 +31,8 @@ class Elbo(Estimator):
         5
     """
 
+    twin: ClassVar = Twin(twins.elbo)
+
     def bound(self, draws: Draws) -> Float[Tensor, " B"]:
         return draws.log_weight.mean(0)
 
@@ -35,6 +40,12 @@ class Elbo(Estimator):
         if self.use_rep:
             return draws.log_weight.mean(0)
         return (draws.log_joint + draws.scored(draws.log_weight)).mean(0)
+
+    def plain(self, use_rep: bool) -> Named | None:
+        return plain("elbo", self.num_particles, use_rep)
+
+    def references(self, use_rep: bool) -> tuple[Named, ...]:
+        return of_elbo(use_rep)
 
 
 class AnalyticKL(Estimator):
@@ -59,6 +70,10 @@ class AnalyticKL(Estimator):
         >>> AnalyticKL().use_rep
         True
     """
+
+    twin: ClassVar = Twin(twins.analytic_kl)
+    plain = Elbo.plain
+    references = Elbo.references
 
     def draws(self, model, guide, *args, **kwargs) -> Draws:
         draws = super().draws(model, guide, *args, **kwargs)
@@ -108,6 +123,7 @@ class StickingTheLanding(Elbo):
     """
 
     gradients: ClassVar = (True,)
+    twin: ClassVar = Twin(twins.path)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         return (draws.log_joint - draws.log_guide_fixed).mean(0)
@@ -127,6 +143,7 @@ class Antithetic(Elbo):
 
     gradients: ClassVar = (True,)
     particles: ClassVar = (2, None)
+    twin: ClassVar = Twin(twins.total)
 
     def __init__(self, *, antithetic: bool = True, **settings):
         super().__init__(antithetic=antithetic, **settings)
@@ -145,6 +162,9 @@ class Reconstruction(Estimator):
 
     gradients: ClassVar = (True,)
     needs_density: ClassVar = False
+    twin: ClassVar = Twin(twins.reconstruction)
+    plain = Elbo.plain
+    references = Elbo.references
 
     def draws(self, model, guide, *args, **kwargs) -> Draws:
         draws = super().draws(model, guide, *args, **kwargs)
@@ -185,6 +205,7 @@ class MeasureValued(Elbo):
 
     gradients: ClassVar = (False,)
     particles: ClassVar = (1, 1)
+    twin: ClassVar = Twin(variance=twins.measure_valued_variance)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:
         draws.check_separate("MeasureValued")

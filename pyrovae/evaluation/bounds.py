@@ -12,9 +12,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
-from pyrovae.likelihoods.likelihoods import Likelihood
+from pyrovae.likelihoods import Likelihood
 from pyrovae.runtime.random_states import seeded
 from pyrovae.vae import VAE
 

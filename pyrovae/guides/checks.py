@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Bernoulli, Chi2, Distribution, Independent
 
-from pyrovae.guides.guides import Guide
+from pyrovae.guides.base import Guide
 from pyrovae.runtime.inputs import check_pixels
 from pyrovae.runtime.random_states import seeded
 

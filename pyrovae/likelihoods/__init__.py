@@ -1,16 +1,17 @@
-"""p(x|z): a likelihood makes a distribution of pixels from what a decoder puts out."""
+"""Likelihoods p(x|z), each of which turns a decoder's numbers into a distribution over an image of D pixels."""
 
-from pyrovae.likelihoods.likelihoods import (
-    BINARIZATIONS,
-    LIKELIHOODS,
-    Bernoulli,
-    Categorical,
-    ContinuousBernoulli,
-    ContinuousBernoulliDistribution,
-    Gaussian,
-    Likelihood,
-    SoftBernoulli,
-)
+from pyrovae.likelihoods.base import Likelihood
+from pyrovae.likelihoods.bernoulli import BINARIZATIONS, Bernoulli, SoftBernoulli
+from pyrovae.likelihoods.categorical import Categorical
+from pyrovae.likelihoods.continuous_bernoulli import ContinuousBernoulli, ContinuousBernoulliDistribution
+from pyrovae.likelihoods.gaussian import Gaussian
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": Bernoulli,
+    "continuous-bernoulli": ContinuousBernoulli,
+    "gaussian": Gaussian,
+    "categorical": Categorical,
+}
 
 __all__ = [
     "BINARIZATIONS",

@@ -5,7 +5,7 @@ from pyrovae.report.elements import Picture, Section, Table
 from pyrovae.report.subjects import Subject
 from pyrovae.report.words import NONE, number, outdated, to_do
 from pyrovae.runs import assessment, laboratory, pictures
-from pyrovae.variance.comparison import Comparison
+from pyrovae.variance.results import Comparison
 
 
 def curves(s: Subject) -> Section:

@@ -14,7 +14,7 @@ from pyrovae.runtime.parts import TrustError, TrustWarning
 from pyrovae.runtime.schemas import Best, Row
 from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.vae import VAE
-from pyrovae.variance.comparison import Comparison
+from pyrovae.variance.results import Comparison
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data.sources import DATASETS
 from pyrovae.report.subjects import Subject
 from pyrovae.runs.config import Config
 from pyrovae.runtime.parts import is_foreign

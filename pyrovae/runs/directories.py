@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyrovae.data.datasets import Dataset
+from pyrovae.data import Dataset
 from pyrovae.runs.config import Config
 from pyrovae.runtime.parts import TrustError
 from pyrovae.runtime.schemas import RAISED_BY_DAMAGE, Data, Settings, check, refused

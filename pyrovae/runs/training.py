@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pyrovae import figures
-from pyrovae.data.datasets import Dataset
+from pyrovae.data import Dataset
 from pyrovae.runs.config import LONG, Config
 from pyrovae.runs.directories import (
     LEFT,

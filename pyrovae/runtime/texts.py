@@ -31,6 +31,19 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(map(shown, text))
 
 
+def first_line(error: BaseException, line: int = 0) -> str:
+    """One line of what an error says, or the error's kind if it says nothing.
+
+    Args:
+        line: Which line: the first, or -1 for the last.
+
+    Example:
+        >>> first_line(ValueError("too long\\nby 3")), first_line(KeyError())
+        ('too long', 'KeyError')
+    """
+    return str(error).strip().splitlines()[line] if str(error).strip() else type(error).__name__
+
+
 def in_figure(text: str) -> str:
     """Text for a Matplotlib title, axis or tick, which would read mathematics between dollar signs.
 

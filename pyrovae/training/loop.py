@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from pyrovae.data.datasets import Images
+from pyrovae.data import Images
 from pyrovae.estimators import Draws, Elbo, Estimator
 from pyrovae.evaluation.bounds import Evaluation, evaluate, without_constant
 from pyrovae.programs.graphs import CaptureWarning, Replay, Step, flushed_denormals

@@ -3,9 +3,12 @@
 from pyrovae.runtime.lazily import lazily
 
 _NAMES_OF = {
-    "moments": ["gradient_moments", "GradientStats"],
+    "moments": ["gradient_moments"],
+    "stats": ["GradientStats", "Parts"],
     "bias": ["check_bias", "BiasTest"],
-    "comparison": ["compare", "Comparison", "Row"],
+    "comparison": ["compare"],
+    "names": ["USUAL", "every_estimator", "parse"],
+    "results": ["Comparison", "Row"],
     "testbed": ["LinearGaussian"],
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _NAMES_OF)

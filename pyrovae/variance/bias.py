@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.special import nctdtr, stdtrit
 from torch import Tensor
 
-from pyrovae.variance.moments import GradientStats
+from pyrovae.variance.stats import GradientStats
 
 FLIPS = 200_000  # of signs, in the test of all entries together
 POWER = 0.95  # the probability with which a bias of the size that is reported would be found

@@ -1,10 +1,12 @@
 """The linear-Gaussian VAE in one dimension: a Pyro pair whose gradients have known means and variances.
 
 p(z) = N(0, 1), p(x|z) = N(w z + b, t2), q(z) = N(mu, s^2), rho = log s. With z = mu + s eps the
-log-weight is A + B eps + C eps^2, so every estimator is an elementary function of the noise: its
-moments follow from closed forms, or from Gauss-Hermite quadrature over the noise of up to 4 particles.
+log-weight is A + B eps + C eps^2, so every estimator is an elementary function of the noise, which its exact
+twin says. Its moments follow from closed forms, or from Gauss-Hermite quadrature over the noise of up to 4
+particles.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +20,11 @@ from jaxtyping import Float
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrovae.estimators import (
-    ESTIMATORS,
-    DisArm,
-    Enumerate,
-    Estimator,
-    LearnedBaseline,
-    MeasureValued,
-    Rloo,
-    RunningMean,
-)
+from pyrovae.estimators import Estimator
+from pyrovae.estimators.score_function import Baselined
+from pyrovae.estimators.twins import Grid, Terms, Twin
+from pyrovae.runtime.random_states import seeded
 
-Grid = Float[np.ndarray, "K N"]
 NODES = {1: 64, 2: 64, 3: 40, 4: 24}  # of the grid, per particle, by the number of particles
 MAX_GRID_PARTICLES = max(NODES)
 
@@ -125,15 +120,15 @@ class LinearGaussian:
         grid of three quarters of its nodes would give other values.
 
         Raises:
-            ValueError: The estimator is not one of ESTIMATORS for a Gaussian guide.
+            ValueError: The estimator has no exact twin.
         """
-        k, independent = estimator.num_particles, not estimator.independent
-        if isinstance(estimator, MeasureValued):
-            return self._measure_valued()
-        if independent:  # an average over particles, or over pairs
+        twin, k = estimator.twin, estimator.num_particles
+        if twin is None:
+            raise ValueError(f"expected an estimator in ESTIMATORS for a Gaussian guide, got {estimator}")
+        if not estimator.independent:  # an average over particles, or over pairs
             k = 2 if estimator.antithetic else 1
-        if k > MAX_GRID_PARTICLES:
-            return self._rloo(k) if isinstance(estimator, Rloo) else None
+        if twin.gradient is None or k > MAX_GRID_PARTICLES:
+            return self._closed(twin, k)
         truth = self._moments(estimator, k, NODES[k])
         if estimator.importance_weighted and k > 1:  # else a polynomial in the noise, where the grid is exact
             return truth if truth.agrees(self._moments(estimator, k, 3 * NODES[k] // 4)) else None
@@ -142,108 +137,50 @@ class LinearGaussian:
     def _moments(self, estimator: Estimator, k: int, nodes: int) -> Truth:
         noise, weights = _grid(1 if estimator.antithetic else k, nodes)
         noise = np.concatenate([noise, -noise]) if estimator.antithetic else noise
-        gradients = self._gradients(estimator, noise)
+        phi, theta = estimator.twin.gradient(self._terms(noise), estimator)
+        gradients = dict(zip(("mu", "rho", "w", "b"), [*phi, *theta], strict=True))
         mean = {name: float(g @ weights) for name, g in gradients.items()}
         spread = {name: float((g - mean[name]) ** 2 @ weights) for name, g in gradients.items()}
         groups = estimator.num_particles // k
         return Truth(mean, {name: value / groups for name, value in spread.items()})
 
-    def _gradients(self, estimator: Estimator, eps: Grid) -> dict[str, Float[np.ndarray, " N"]]:
-        """What the estimator gives for this noise, written out for this model alone."""
+    def _terms(self, eps: Grid) -> Terms:
+        """The terms of gradients for this noise, written out for this model alone."""
         m, variance = self.posterior
         z = self.mu + self.s * eps
         e = self.x - self.b - self.w * z
-        a, b, c = self.log_weight
-        f = a + b * eps + c * eps**2
+        (a, b, c), (a_lik, b_lik, c_lik) = self.log_weight, self.log_lik
         along = np.stack([np.ones_like(eps), self.s * eps])  # dz by mu, rho
-        score = np.stack([eps / self.s, eps**2 - 1])
         joint = -(z - m) / variance  # d log p(x, z) / dz
-        total = joint * along + np.array([0.0, 1.0])[:, None, None]
-        path = (joint + eps / self.s) * along
-        theta = np.stack([e * z, e]) / self.t2
-        by_name = {cls: name for name, cls in ESTIMATORS.items()}
-        if type(estimator) not in by_name or isinstance(estimator, DisArm | Enumerate):
-            raise ValueError(f"expected an estimator in ESTIMATORS for a Gaussian guide, got {estimator}")
-        name = by_name[type(estimator)]
-        if not estimator.importance_weighted:
-            phi = self._plain(name, estimator, eps, f, score, total, path)
-            return dict(zip(("mu", "rho", "w", "b"), [*phi.mean(1), *theta.mean(1)], strict=True))
-        tempered = (1 - estimator.alpha) * f
-        top = tempered.max(0)
-        total_weight = np.exp(tempered - top).sum(0)
-        weights = np.exp(tempered - top) / total_weight
-        bound = (top + np.log(total_weight / len(f))) / (1 - estimator.alpha)
-        signal = bound - weights - (self._bounds_without(f) if name == "vimco" else 0)
-        phi = {
-            "iwae": weights * total if estimator.use_rep else signal * score,
-            "renyi": weights * total if estimator.use_rep else signal * score,
-            "vimco": signal * score,
-            "dreg": weights**2 * path,
-            "stl-iwae": weights * path,
-            "rws": (weights - weights**2) * path if estimator.use_rep else weights * score,
-        }[name]
-        return dict(zip(("mu", "rho", "w", "b"), [*phi.sum(1), *(weights * theta).sum(1)], strict=True))
+        return Terms(
+            f=a + b * eps + c * eps**2,
+            log_lik=a_lik + b_lik * eps + c_lik * eps**2,
+            score=np.stack([eps / self.s, eps**2 - 1]),
+            total=joint * along + np.array([0.0, 1.0])[:, None, None],
+            path=(joint + eps / self.s) * along,
+            log_lik_path=(b_lik + 2 * c_lik * eps) / self.s * along,
+            kl=np.array([self.mu, self.s**2 - 1])[:, None, None],
+            theta=np.stack([e * z, e]) / self.t2,
+            baseline=self._baseline,
+        )
 
-    def _plain(self, name, estimator, eps, f, score, total, path) -> Float[np.ndarray, "2 K N"]:
-        if name == "stl":
-            return path
-        if name in ("analytic-kl", "reconstruction"):
-            a, b, c = self.log_lik
-            lik = a + b * eps + c * eps**2
-            slope = (b + 2 * c * eps) / self.s
-            of_kl = (name == "analytic-kl") * np.array([self.mu, self.s**2 - 1])[:, None, None]
-            along = np.stack([np.ones_like(eps), self.s * eps])
-            return (slope * along if estimator.use_rep else lik * score) - of_kl
-        if estimator.use_rep:
-            return total
-        if name == "rloo":
-            return (f - f.mean(0)) * score * len(f) / (len(f) - 1)
-        return (f - self._baseline(estimator)) * score
+    def _baseline(self, estimator: Baselined) -> float:
+        """The value that a baseline has now at this datum."""
+        pair, x = self.pair(), torch.tensor([[self.x]], dtype=torch.float64)
+        with seeded(0, x.device):
+            held = copy.deepcopy(estimator)
+            return held.baseline(held.draws(pair.model, pair.guide, x)).item()
 
-    def _baseline(self, estimator: Estimator) -> float:
-        if isinstance(estimator, RunningMean) and estimator.mean is not None:
-            return estimator.mean.item()
-        if isinstance(estimator, LearnedBaseline) and estimator.network is not None:
-            pair = self.pair()
-            x = torch.tensor([[self.x]], dtype=torch.float64)
-            return estimator.baseline(estimator.draws(pair.model, pair.guide, x)).item()
-        return 0.0
-
-    @staticmethod
-    def _bounds_without(f: Grid) -> Grid:
-        """The bound with each particle's log-weight replaced by the mean of the others."""
-        result = np.empty_like(f)
-        for k in range(len(f)):
-            replaced = f.copy()
-            replaced[k] = np.delete(f, k, axis=0).mean(0)
-            result[k] = np.logaddexp.reduce(replaced) - math.log(len(f))
-        return result
-
-    def _theta_variance(self) -> dict[str, float]:
+    def _closed(self, twin: Twin, k: int) -> Truth | None:
+        """The moments by a closed form, where the twin has one."""
+        if twin.variance is None:
+            return None
+        _, b, c = self.log_weight
         linear, square = self.s * (self.x - self.b - 2 * self.w * self.mu), -self.w * self.s**2
-        return {
-            "w": (linear**2 + 2 * square**2) / self.t2**2,
-            "b": (self.w * self.s / self.t2) ** 2,
-        }
-
-    def _measure_valued(self) -> Truth:
-        _, b, c = self.log_weight
-        phi = {"mu": b**2 * (4 - math.pi) / (math.pi * self.s**2), "rho": b**2 + 4 * c**2}
-        return Truth(self.gradient, phi | self._theta_variance())
-
-    def _rloo(self, k: int) -> Truth:
-        _, b, c = self.log_weight
-
-        def variance(m22: float, m11: float, m20: float, m02: float) -> float:
-            return m22 / k - (k - 2) * m11**2 / (k * (k - 1)) + m20 * m02 / (k * (k - 1))
-
-        spread = b**2 + 2 * c**2
-        phi = {
-            "mu": variance((3 * b**2 + 10 * c**2) / self.s**2, b / self.s, spread, 1 / self.s**2),
-            "rho": variance(10 * b**2 + 60 * c**2, 2 * c, spread, 2.0),
-        }
-        theta = {name: value / k for name, value in self._theta_variance().items()}
-        return Truth(self.gradient, phi | theta)
+        theta = {"w": (linear**2 + 2 * square**2) / self.t2**2, "b": (self.w * self.s / self.t2) ** 2}
+        in_mu, in_rho = twin.variance(b, c, self.s, k)
+        phi = {"mu": in_mu, "rho": in_rho}
+        return Truth(self.gradient, phi | {name: value / k for name, value in theta.items()})
 
 
 class LinearGaussianPair(PyroModule):
@@ -283,6 +220,16 @@ class LinearGaussianPair(PyroModule):
         with pyro.plate("data", len(x), dim=-1):
             loc, rho = self.encoder(x).chunk(2, dim=-1)
             pyro.sample("z", self.family(loc, rho.exp()).to_event(1))
+
+    @staticmethod
+    def by_parameter(values: dict[str, float]) -> dict[str, Tensor]:
+        """Numbers of mu, rho, w and b as tensors of the shapes of the parameters."""
+        double = torch.float64
+        return {
+            "encoder.bias": torch.tensor([values["mu"], values["rho"]], dtype=double),
+            "decoder.weight": torch.tensor([[values["w"]]], dtype=double),
+            "decoder.bias": torch.tensor([values["b"]], dtype=double),
+        }
 
     def parts(self) -> dict[str, dict[str, slice]]:
         """Its parameters in named groups: of each parameter, these rows."""

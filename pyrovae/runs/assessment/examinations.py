@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyrovae.data.datasets import Dataset, Images
+from pyrovae.data.datasets import Dataset
+from pyrovae.data.images import Images
 from pyrovae.evaluation.bounds import (
     ACTIVE,
     Probes,

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from pyrovae.data.datasets import DATASETS, Dataset, load_dataset
+from pyrovae.data.datasets import Dataset, load_dataset
+from pyrovae.data.sources import DATASETS
 from pyrovae.estimators import ESTIMATORS, Estimator
-from pyrovae.guides.guides import GUIDES, guide_class, make_guide
-from pyrovae.likelihoods.likelihoods import LIKELIHOODS, Likelihood
-from pyrovae.networks.networks import NETWORKS, Network
+from pyrovae.guides.registry import GUIDES, guide_class, make_guide
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods.base import Likelihood
+from pyrovae.networks import NETWORKS
+from pyrovae.networks.base import Network
 from pyrovae.runs.config.checks import (
     check_belonging,
     check_choices,

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pyrovae.data.datasets import DATASETS
+from pyrovae.data.sources import DATASETS
 from pyrovae.estimators import ESTIMATORS
-from pyrovae.guides.guides import GUIDES, SCALE_HEADS
-from pyrovae.likelihoods.likelihoods import BINARIZATIONS, LIKELIHOODS
-from pyrovae.networks.networks import ACTIVATIONS, NETWORKS
+from pyrovae.guides.base import SCALE_HEADS
+from pyrovae.guides.registry import GUIDES
+from pyrovae.likelihoods import LIKELIHOODS
+from pyrovae.likelihoods.bernoulli import BINARIZATIONS
+from pyrovae.networks import NETWORKS
+from pyrovae.networks.base import ACTIVATIONS
 from pyrovae.runs.config.options import option, parse_directory, parse_integers, parse_limit, parse_variance
 
 LONG = 10_000  # steps of training that repay the compilation of one

@@ -11,7 +11,7 @@ from pyrovae.runs.directories import RunError, new_directory, read_config
 from pyrovae.runs.laboratory.tables import title
 from pyrovae.runtime.schemas import OfModel, check, refused
 from pyrovae.runtime.whole_files import save_figure, write_atomically
-from pyrovae.variance.comparison import Comparison
+from pyrovae.variance.results import Comparison
 
 
 def write(directory: Path, found: Comparison | dict[int, Comparison]) -> None:

@@ -17,7 +17,9 @@ from pyrovae.runtime.schemas import Best
 from pyrovae.training.checkpoints import load_checkpoint
 from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
-from pyrovae.variance.comparison import USUAL, Comparison, compare
+from pyrovae.variance.comparison import compare
+from pyrovae.variance.names import USUAL
+from pyrovae.variance.results import Comparison
 from pyrovae.variance.testbed import LinearGaussian
 
 TESTBEDS = {"linear-gaussian": LinearGaussian}

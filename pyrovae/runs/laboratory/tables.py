@@ -3,8 +3,8 @@
 import math
 
 from pyrovae.variance.bias import BiasTest
-from pyrovae.variance.comparison import Comparison
 from pyrovae.variance.intervals import Slope
+from pyrovae.variance.results import Comparison
 
 FEW_DRAWS = 30  # effective ones, below which intervals hold less than they say
 
@@ -96,7 +96,7 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
 def notes(comparison: Comparison) -> list[str]:
     """Explains the numbers, and names estimators that were not measured, a line each."""
     rows, between = comparison.rows, comparison.between_batches
-    plain = ", ".join(dict.fromkeys(row.reference for row in rows))
+    plain = ", ".join(dict.fromkeys(row.reference for row in rows if row.reference))
     lines = [
         f"ratio: to {plain} of the same bound and K, under common noise. work: tr Cov x seconds per draw.",
         "found from: the bias that the test finds with probability 0.95, as a part of ||mean||.",

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pyrovae import figures
-from pyrovae.data.datasets import Images
+from pyrovae.data.images import Images
 from pyrovae.evaluation.bounds import pca_squared_error, squared_error
 from pyrovae.runs.directories import read_config
 from pyrovae.runs.loading import load

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyrovae import figures
-from pyrovae.data.datasets import Images
+from pyrovae.data.images import Images
 from pyrovae.runs.drawing import GRID_SIDE, PICTURED, samples
 from pyrovae.runs.loading import load
 from pyrovae.runs.pictures.batches import MOST, check_class, check_range, continuous, decoded_as, in_batches

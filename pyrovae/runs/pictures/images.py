@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from pyrovae.data import datasets as sources
-from pyrovae.data.datasets import DATASETS, Images, default_data_dir, small_in_memory
+from pyrovae.data.datasets import small_in_memory
+from pyrovae.data.images import Images
+from pyrovae.data.sources import DATASETS, default_data_dir
 from pyrovae.runs.config import Config
 from pyrovae.runs.directories import read_config
 from pyrovae.vae import VAE
