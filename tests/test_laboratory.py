@@ -25,7 +25,7 @@ from pyrovae.runs.laboratory import (
     write,
 )
 from pyrovae.runs.training import RunError
-from pyrovae.training.loop import fit
+from pyrovae.training import fit
 from pyrovae.variance import bias, comparison
 from pyrovae.variance.comparison import USUAL, Comparison, Row
 from pyrovae.variance.intervals import Slope

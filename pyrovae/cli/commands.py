@@ -40,7 +40,7 @@ from pyrovae.runtime.parts import TrustWarning, is_foreign
 from pyrovae.runtime.signals import Interrupted, StoppingSignals
 from pyrovae.runtime.texts import printable, to_csv
 from pyrovae.runtime.whole_files import save_figure, write_atomically
-from pyrovae.training.loop import DivergedError, Fit, describe
+from pyrovae.training import DivergedError, Fit, describe
 from pyrovae.variance.comparison import every_estimator
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1

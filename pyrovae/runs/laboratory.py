@@ -24,8 +24,8 @@ from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, OfModel, check, refused
 from pyrovae.runtime.whole_files import save_figure, write_atomically
+from pyrovae.training import fit
 from pyrovae.training.checkpoints import load_checkpoint
-from pyrovae.training.loop import fit
 from pyrovae.vae import VAE
 from pyrovae.variance.bias import BiasTest
 from pyrovae.variance.comparison import USUAL, Comparison, compare

@@ -44,8 +44,8 @@ from pyrovae.runtime.whole_files import (
     write_atomically,
     write_errors,
 )
+from pyrovae.training import Fit, batch_sizes, check_trainable, fit
 from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history, read_metrics
-from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
 from pyrovae.vae import VAE, prior_grid
 
 PICTURED = 20  # images in a figure of reconstructions or samples
