@@ -39,12 +39,10 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from pyrovae import VAE, Config, Elbo, Images, capture
 from pyrovae.data import default_data_dir
-from pyrovae.runtime.signals import DeferredSignals
-from pyrovae.training.loop import _Trainer
+from pyrovae.training import Settings, Trainer
 
 CONFIG = Config(binarize="soft", hidden=(400,), activation="softplus", latent_dim=20, scale_head="exp")
 
@@ -124,20 +122,11 @@ class Pyrovae:
 
     def __init__(self, data: torch.Tensor, batch_size: int, **modes: bool):
         images = Images(data.reshape(-1, 1, 28, 28))
-        settings = {"epochs": 10**6, "lr": 1e-3, "kl_warmup": 0, "patience": None, "seed": 0, "directory": None}
-        self.trainer = _Trainer(
-            vae=make_vae().to(data.device),
-            train=images,
-            validation=images[:1],
-            estimator=Elbo(),
-            batch_size=batch_size,
-            **settings,
-            **{"compile": False, "bf16": False} | modes,
-        )
+        settings = Settings(epochs=10**6, batch_size=batch_size, **modes)
+        self.trainer = Trainer(make_vae().to(data.device), images, images[:1], Elbo(), settings)
 
     def run(self) -> None:
-        with tqdm(disable=True) as bar, DeferredSignals() as signals:
-            self.trainer.run_epoch(bar, signals)
+        self.trainer.run_epoch()
 
 
 class NumPyro:

@@ -17,8 +17,8 @@ from pyrovae.runs import pictures
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import Measurement
+from pyrovae.training import describe
 from pyrovae.training.checkpoints import read_metrics
-from pyrovae.training.loop import describe
 from tests.test_cli import TINY, check_works, check_wrong_call
 from tests.test_figures import history
 

@@ -18,7 +18,7 @@ from pyrovae.networks import NETWORKS, ClassPlanes
 from pyrovae.runs import assessment, pictures
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
-from pyrovae.training.loop import fit
+from pyrovae.training import fit
 from pyrovae.vae import VAE
 from tests.test_cli import TINY, check_works, check_wrong_call
 from tests.test_figures import tile

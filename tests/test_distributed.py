@@ -12,7 +12,8 @@ from pyrovae.estimators import ESTIMATORS
 from pyrovae.programs.graphs import CaptureWarning
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed
-from pyrovae.training.loop import _Trainer, fit
+from pyrovae.training import Settings, Trainer, fit
+from pyrovae.training.steps import CompiledStep
 from tests.test_training import TINY
 
 pytestmark = pytest.mark.usefixtures("no_figures", "unchecked")
@@ -69,12 +70,11 @@ def test_batch_norm_is_synchronised_under_its_own_names_and_restored(make_vae, m
 def test_steps_that_share_batch_norm_over_gpus_run_uncompiled(make_vae, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
-    images, options = Images(torch.rand(4, 1, 8, 8)), dict.fromkeys(("patience", "directory"))
-    options |= {"epochs": 1, "batch_size": 4, "lr": 1e-3, "kl_warmup": 0, "seed": 0, "bf16": False}
+    images = Images(torch.rand(4, 1, 8, 8))
 
     def compiles(vae):
-        parts = {"vae": vae, "train": images, "validation": images, "estimator": ESTIMATORS["elbo"]()}
-        return _Trainer(**parts, **options, compile=True).compile
+        trainer = Trainer(vae, images, images, ESTIMATORS["elbo"](), Settings(batch_size=4, compile=True))
+        return isinstance(trainer.step, CompiledStep)
 
     assert compiles(make_vae(hidden=(8,)))
     with pytest.warns(CaptureWarning, match="runs uncompiled: batch norm has the statistics of several GPUs"):

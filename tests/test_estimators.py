@@ -39,7 +39,7 @@ from pyrovae.estimators import (
     StlIwae,
     Vimco,
 )
-from pyrovae.training.loop import fit
+from pyrovae.training import fit
 from pyrovae.variance.testbed import NODES
 from tests.combinations import (
     EVERY,

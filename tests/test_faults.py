@@ -27,8 +27,8 @@ from pyrovae.cli.group import main
 from pyrovae.runs import training
 from pyrovae.runs.config import Config
 from pyrovae.runtime import locks, processes
+from pyrovae.training import Trainer
 from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics
-from pyrovae.training.loop import _Trainer
 from tests.test_training import assert_same_run
 
 pytestmark = [
@@ -70,8 +70,8 @@ def slowly(call):
     """Does something with a pause in each training step, in which it can be stopped."""
 
     def work() -> None:
-        step = _Trainer._step
-        _Trainer._step = lambda *arguments: (time.sleep(0.02), step(*arguments))
+        step = Trainer._step
+        Trainer._step = lambda *arguments: (time.sleep(0.02), step(*arguments))
         call()
 
     return work
@@ -320,7 +320,7 @@ def test_a_full_or_read_only_disk_is_one_line_with_the_command_that_goes_on(tmp_
 
 @pytest.mark.parametrize("made_anew", [False, True])
 def test_a_directory_that_is_deleted_while_it_trains_is_one_line(tmp_path, monkeypatch, made_anew):
-    run, finish = tmp_path / "run", _Trainer._finish_epoch
+    run, finish = tmp_path / "run", Trainer._finish_epoch
 
     def delete(trainer, started) -> None:
         shutil.rmtree(run)
@@ -328,7 +328,7 @@ def test_a_directory_that_is_deleted_while_it_trains_is_one_line(tmp_path, monke
             run.mkdir()
         finish(trainer, started)
 
-    monkeypatch.setattr(_Trainer, "_finish_epoch", delete)
+    monkeypatch.setattr(Trainer, "_finish_epoch", delete)
     code, said = call("train", OPTIONS, "-e 2 -o", run)
     assert (code, said) == (1, f"Error: expected to write {run}, got: the directory was deleted or moved\n")
     assert not list(run.glob("*"))

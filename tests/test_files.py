@@ -330,9 +330,9 @@ def test_images_that_change_while_they_train_stop_the_run_before_they_are_saved(
                 np.save(file, images)
             original(trainer, started)
 
-        monkeypatch.setattr(training._Trainer, "_finish_epoch", finish)
+        monkeypatch.setattr(training.Trainer, "_finish_epoch", finish)
 
-    original = training._Trainer._finish_epoch
+    original = training.Trainer._finish_epoch
     write(1, 255 - array)
     with pytest.raises(runs.StoppedError, match=r"expected .*images.npy unchanged .*: put back what it was"):
         runs.train(config, out=tmp_path / "run")

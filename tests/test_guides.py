@@ -22,7 +22,7 @@ from pyrovae.networks import MLP, NETWORKS, Encoder
 from pyrovae.runs import pictures
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
-from pyrovae.training.loop import fit
+from pyrovae.training import fit
 from pyrovae.vae import VAE
 from tests.combinations import SMALL
 

@@ -19,8 +19,7 @@ from pyrovae.runs.assessment import Examination
 from pyrovae.runs.laboratory import Measurement
 from pyrovae.runtime import inputs
 from pyrovae.runtime.inputs import check_codes, check_labels, check_layout, check_pixels, range_fault
-from pyrovae.training import loop as training
-from pyrovae.training.loop import fit
+from pyrovae.training import fit, fitting
 from pyrovae.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # the errors are ours, not those of shapes
@@ -186,7 +185,7 @@ def test_images_on_another_device_are_one_line(vae):
     ],
 )
 def test_a_device_without_a_number_is_whichever_is_current(one, other, same):
-    assert training._same_device(torch.device(one), torch.device(other)) == same
+    assert fitting._same_device(torch.device(one), torch.device(other)) == same
 
 
 # Labels

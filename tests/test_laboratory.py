@@ -25,7 +25,7 @@ from pyrovae.runs.laboratory import (
     title,
     write,
 )
-from pyrovae.training.loop import fit
+from pyrovae.training.fitting import fit
 from pyrovae.variance import bias, comparison
 from pyrovae.variance.bench import make
 from pyrovae.variance.intervals import Slope

@@ -22,8 +22,7 @@ from pyrovae.runs import sweeps as sweep
 from pyrovae.runs.assessment import Examination
 from pyrovae.runs.config import Config
 from pyrovae.runs.pictures import codes, decoded
-from pyrovae.training import checkpoints
-from pyrovae.training.loop import fit
+from pyrovae.training import checkpoints, fit
 
 TINY = {"epochs": 1, "limit": (20, 10), "hidden": (2,), "figure_epochs": ()}
 

@@ -20,7 +20,7 @@ from pyrovae.estimators import ESTIMATORS, Elbo
 from pyrovae.evaluation.bounds import evaluate
 from pyrovae.guides import Guide
 from pyrovae.runtime.random_states import random_states, set_random_states
-from pyrovae.training.loop import fit
+from pyrovae.training import fit
 from pyrovae.vae import VAE
 from tests.combinations import EVERY, FEW, KINDS, refusal, several
 
@@ -244,7 +244,7 @@ def test_13_the_hot_loop_never_waits_for_the_gpu(make_vae, monkeypatch, likeliho
     import pyrovae.training.loop
 
     vae = make_vae(likelihood=likelihood, network=network).cuda()
-    step = pyrovae.training.loop._Trainer._step
+    step = pyrovae.training.loop.Trainer._step
     taken = 0
 
     def strict(trainer, *batch):
@@ -258,7 +258,7 @@ def test_13_the_hot_loop_never_waits_for_the_gpu(make_vae, monkeypatch, likeliho
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(pyrovae.training.loop._Trainer, "_step", strict)
+    monkeypatch.setattr(pyrovae.training.loop.Trainer, "_step", strict)
     fit(vae, images(64).to("cuda"), images(8).to("cuda"), epochs=2, batch_size=16, quiet=True)
     assert taken == 8
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import pyrovae.training.checkpoints
 import pyrovae.training.loop
+import pyrovae.training.steps
 from pyrovae import runs
 from pyrovae.cli.group import main
 from pyrovae.data import Images, files
@@ -25,8 +26,8 @@ from pyrovae.evaluation.bounds import bits_per_dim, evaluate, without_constant
 from pyrovae.likelihoods import Bernoulli, Categorical, ContinuousBernoulli, Gaussian
 from pyrovae.programs.graphs import CaptureWarning, Step
 from pyrovae.runs.config import Config
+from pyrovae.training import Bfloat16Layers, DivergedError, describe, fit
 from pyrovae.training.checkpoints import CheckpointError, load_checkpoint, read_metrics, save_atomically
-from pyrovae.training.loop import Bfloat16Layers, DivergedError, describe, fit
 from tests import test_graphs
 from tests.test_data import Bomb
 
@@ -64,7 +65,7 @@ def interrupt(monkeypatch):
     """interrupt(step, number): raises a signal during that training step, counted from 1."""
 
     def arrange(at: int, number: signal.Signals = signal.SIGINT) -> None:
-        original, taken = pyrovae.training.loop._Trainer._step, 0
+        original, taken = pyrovae.training.loop.Trainer._step, 0
 
         def step(trainer, *batch):
             nonlocal taken
@@ -73,7 +74,7 @@ def interrupt(monkeypatch):
             if taken == at:
                 signal.raise_signal(number)
 
-        monkeypatch.setattr(pyrovae.training.loop._Trainer, "_step", step)
+        monkeypatch.setattr(pyrovae.training.loop.Trainer, "_step", step)
 
     return arrange
 
@@ -117,7 +118,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, interr
 @pytest.fixture
 def traced(monkeypatch):
     """Steps are captured, but nothing is compiled: the trace itself is run. No falling back."""
-    monkeypatch.setattr(pyrovae.training.loop, "Step", partial(Step, backend=test_graphs.traced))
+    monkeypatch.setattr(pyrovae.training.steps, "Step", partial(Step, backend=test_graphs.traced))
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
         yield
@@ -171,7 +172,7 @@ def test_what_cannot_be_compiled_trains_as_ever_with_one_warning(tmp_path, monke
         raise RuntimeError("no compiler")
 
     plain, _ = runs.train(Config(**TINY, compile="off"), out=tmp_path / "plain")
-    monkeypatch.setattr(pyrovae.training.loop, "Step", partial(Step, backend=refuse))
+    monkeypatch.setattr(pyrovae.training.steps, "Step", partial(Step, backend=refuse))
     with pytest.warns(CaptureWarning, match="runs uncompiled: no compiler") as warned:
         other, _ = runs.train(Config(**TINY, compile="on"), out=tmp_path / "other")
     assert len(warned) == 1
@@ -324,14 +325,14 @@ def test_fit_runs_in_a_thread(make_vae):
 
 def test_a_signal_does_not_save_parameters_that_are_not_finite(tmp_path, interrupt, monkeypatch):
     """The step's loss is finite, its gradient is not: only the parameters show it."""
-    step = pyrovae.training.loop._Trainer._step
+    step = pyrovae.training.loop.Trainer._step
 
     def spoiled(trainer, *batch):
         step(trainer, *batch)
         if trainer.progress.epoch == 1:
             trainer.vae.decoder.body[-1].bias.data.fill_(math.nan)
 
-    monkeypatch.setattr(pyrovae.training.loop._Trainer, "_step", spoiled)
+    monkeypatch.setattr(pyrovae.training.loop.Trainer, "_step", spoiled)
     interrupt(6)
     with pytest.raises(DivergedError, match=r"parameter decoder.*checkpoint\.pt keeps the state before"):
         runs.train(Config(**TINY), out=tmp_path / "run")
@@ -506,13 +507,13 @@ def test_model_selection_never_sees_the_test_images(tmp_path, monkeypatch):
 )
 def test_batches_cover_the_images_and_none_is_left_with_one(make_vae, monkeypatch, images, batch_size, sizes):
     train, seen = Images(torch.arange(images * 64.0).reshape(images, 1, 8, 8) / (images * 64)), []
-    step = pyrovae.training.loop._Trainer._step
+    step = pyrovae.training.loop.Trainer._step
 
     def recorded(trainer, pixels, labels):
         seen.append(pixels)
         step(trainer, pixels, labels)
 
-    monkeypatch.setattr(pyrovae.training.loop._Trainer, "_step", recorded)
+    monkeypatch.setattr(pyrovae.training.loop.Trainer, "_step", recorded)
     fit(make_vae(hidden=(8,)), train, train, epochs=1, batch_size=batch_size, quiet=True)
     assert [len(pixels) for pixels in seen] == sizes
     order = torch.cat(seen)[:, 0].argsort()
@@ -524,13 +525,13 @@ def test_batches_cover_the_images_and_none_is_left_with_one(make_vae, monkeypatc
 
 def test_warm_up_is_linear_in_the_step_and_ends_at_beta(make_vae, monkeypatch):
     vae, images, betas = make_vae(hidden=(8,), beta=2.0), Images(torch.rand(40, 1, 8, 8)), []
-    step = pyrovae.training.loop._Trainer._step
+    step = pyrovae.training.loop.Trainer._step
 
     def recorded(trainer, *batch):
         step(trainer, *batch)
         betas.append(vae.beta)
 
-    monkeypatch.setattr(pyrovae.training.loop._Trainer, "_step", recorded)
+    monkeypatch.setattr(pyrovae.training.loop.Trainer, "_step", recorded)
     fit(vae, images, images, epochs=3, batch_size=10, kl_warmup=2, quiet=True)
     assert betas == pytest.approx([2 * min(1, (i + 1) / 8) for i in range(12)])
 

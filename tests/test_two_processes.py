@@ -25,9 +25,9 @@ from pyrovae.data import Images
 from pyrovae.programs.graphs import Step
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed
-from pyrovae.training import loop as training
+from pyrovae.training import DivergedError, Trainer, fit, steps
 from pyrovae.training.checkpoints import load_checkpoint, read_metrics
-from pyrovae.training.loop import DivergedError, Fit, _Trainer, fit
+from pyrovae.training.progress import Fit
 from tests.test_graphs import traced
 from tests.test_training import tensors_equal
 
@@ -58,7 +58,7 @@ def work(directory: Path) -> None:
     """All checks of one process, in order; what they find goes to a file."""
     torch.set_num_threads(1)
     runs.training.draw_figures = lambda *args: None
-    training.Step = partial(Step, backend=traced)  # to compile takes seconds
+    steps.Step = partial(Step, backend=traced)  # to compile takes seconds
     with distributed.joined():
         rank, found = distributed.rank(), {}
         found["gradients"] = {case: gradients(*case) for case in CASES}
@@ -108,7 +108,7 @@ def gradients(name: str, size: int, compile: bool = False, *, unlike: bool = Fal
 @contextlib.contextmanager
 def interrupted(at: int, *, of_rank: int):
     """SIGINT in a training step, counted from 1, of one process."""
-    original, taken = _Trainer._step, 0
+    original, taken = Trainer._step, 0
 
     def step(trainer, *batch):
         nonlocal taken
@@ -118,7 +118,7 @@ def interrupted(at: int, *, of_rank: int):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Trainer, "_step", step)
+        patch.setattr(Trainer, "_step", step)
         yield
 
 

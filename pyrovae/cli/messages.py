@@ -17,7 +17,7 @@ from pyrovae.runtime import distributed
 from pyrovae.runtime.locks import LockWarning
 from pyrovae.runtime.parts import TrustWarning
 from pyrovae.runtime.texts import printable
-from pyrovae.training.loop import DivergedError
+from pyrovae.training.progress import DivergedError
 
 EXIT_WRONG_CALL, EXIT_FAILED = 2, 1
 _NO_MEMORY = "out of memory|allocate memory|calculation overflowed"  # the last is of sizes in bytes

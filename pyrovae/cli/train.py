@@ -19,7 +19,7 @@ from pyrovae.runs.config import Config, flag
 from pyrovae.runtime import distributed
 from pyrovae.runtime.parts import is_foreign
 from pyrovae.runtime.signals import StoppingSignals
-from pyrovae.training.loop import Fit, describe
+from pyrovae.training.progress import Fit, describe
 
 
 def _train(

@@ -37,7 +37,9 @@ from pyrovae.runtime.schemas import State
 from pyrovae.runtime.signals import DeferredSignals
 from pyrovae.runtime.whole_files import clear_temporary, is_new, save_figure, write_atomically, write_errors
 from pyrovae.training.checkpoints import explained, load_checkpoint, load_model, read_history
-from pyrovae.training.loop import Fit, batch_sizes, check_trainable, fit
+from pyrovae.training.fitting import check_trainable, fit
+from pyrovae.training.loop import batch_sizes
+from pyrovae.training.progress import Fit
 from pyrovae.vae import VAE
 
 # The settings that may differ on resuming; the data may only have moved.

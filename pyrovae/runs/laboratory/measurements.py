@@ -15,7 +15,7 @@ from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best
 from pyrovae.training.checkpoints import load_checkpoint
-from pyrovae.training.loop import fit
+from pyrovae.training.fitting import fit
 from pyrovae.vae import VAE
 from pyrovae.variance.comparison import compare
 from pyrovae.variance.names import USUAL
