@@ -92,7 +92,7 @@ class PlainStep(TrainingStep):
 
 
 class CompiledStep(TrainingStep):
-    """A step with compiled gradients (see `capture`). On a GPU the whole step is replayed, where that is possible.
+    """A step with compiled gradients (see `capture`). On a GPU, where possible, the whole step is replayed.
 
     Args:
         warmed: Whether the weight of the KL changes from step to step.
