@@ -53,19 +53,25 @@ class Moved(MetaPathFinder, Loader):
     """Finds a module under its former name; both names mean the same module."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == "pyrovae" and name in MOVED else None
+        return ModuleSpec(fullname, self) if _present(fullname) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = import_module(f"pyrovae.{MOVED[spec.name.partition('.')[2]]}")
-        self._own = module.__spec__
+        module = import_module(_present(spec.name))
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own  # which importing it by the former name has just replaced
+        module.__spec__ = module.__spec__.loader_state  # which importing by the former name has just replaced
+
+
+def _present(former: str) -> str:
+    """The present name of a module, or "" if it has no other."""
+    package, _, name = former.partition(".")
+    first, dot, rest = name.partition(".")
+    return f"{package}.{MOVED[first]}{dot}{rest}" if package == "pyrovae" and first in MOVED else ""
 
 
 def install() -> None:
-    """Makes the former names known to `import`."""
+    """Makes the former names known to `import`, before others find the files of a package that moved."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
-        sys.meta_path.append(Moved())
+        sys.meta_path.insert(0, Moved())
