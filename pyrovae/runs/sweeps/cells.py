@@ -125,7 +125,8 @@ def read_recipe(name: str) -> Recipe:
 
 def recipes() -> list[str]:
     """The names of the recipes that come with the package."""
-    return sorted(p.name.removesuffix(".toml") for p in files("pyrovae.runs.recipes").iterdir())
+    names = (path.name for path in files("pyrovae.runs.recipes").iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def name_of(cell: Settings) -> str:
