@@ -18,6 +18,7 @@ from pyrovae.data import Images
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import Likelihood
 from pyrovae.networks import Decoder
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import (
     check_above,
     check_codes,
@@ -83,7 +84,7 @@ class VAE(PyroModule):
         if classes < 0:
             raise ValueError(f"expected classes >= 0, got {classes}")
         if latent_dim < 1:
-            raise ValueError(f"expected latent_dim >= 1, got {latent_dim}")
+            raise FieldError(f"expected latent_dim >= 1, got {latent_dim}", field="latent_dim")
         check_above("beta", beta)
         self.likelihood = likelihood
         self.decoder = decoder

@@ -22,6 +22,7 @@ from pyrovae.guides import GUIDES, SCALE_HEADS
 from pyrovae.likelihoods import BINARIZATIONS, LIKELIHOODS
 from pyrovae.networks import ACTIVATIONS, NETWORKS
 from pyrovae.runs.config import Config
+from pyrovae.runtime.errors import FieldError
 from tests.combinations import EVERY, EXISTING, FEW, KINDS, SMALL, refusal, several
 
 counts = st.integers(1, 10**6)
@@ -185,8 +186,9 @@ WRONG_SETTINGS = [({}, field, value) for field, values in INVALID.items() for va
 
 @pytest.mark.parametrize(("parts", "field", "value"), WRONG_SETTINGS, ids=str)
 def test_a_wrong_setting_is_one_line_that_begins_with_its_name(parts, field, value):
-    with pytest.raises(ValueError, match=rf"\Aexpected {field} .*\Z"):
+    with pytest.raises(FieldError, match=rf"\Aexpected {field} .*\Z") as caught:
         Config(**parts, **{field: value})
+    assert caught.value.field == field
 
 
 def weights_of(module: nn.Module) -> torch.Tensor:

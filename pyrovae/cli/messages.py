@@ -4,7 +4,6 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import click
 
 from pyrovae.data.folders import DataWarning
 from pyrovae.programs.graphs import CaptureWarning
-from pyrovae.runs.config import Config, flag
 from pyrovae.runtime import distributed
 from pyrovae.runtime.locks import LockWarning
 from pyrovae.runtime.parts import TrustWarning
@@ -34,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
         with _plain_warnings():
             yield
     except ValueError as error:
-        fail(with_flags(str(error)), EXIT_WRONG_CALL)
+        fail(_with_option(error), EXIT_WRONG_CALL)
     except (DivergedError, OSError) as error:
         fail(str(error), EXIT_FAILED)
     except (MemoryError, RuntimeError) as error:
@@ -50,14 +48,13 @@ def less_memory() -> str:
     return f": lower {' or '.join(fewer)}" if fewer else ""
 
 
-def with_flags(message: str) -> str:
-    """Turns `expected batch_size ...` into `expected --batch-size ...`, where that is an option."""
-    names = "|".join(field.name for field in fields(Config)) + "|out|which|estimators|draws|batches|at|along"
-    names += "|ais|ais_steps|ais_chains|bidirectional|between|corners|steps|split|dims|tsne|digit|dpi"
-    names += "|images(?= from)|image(?= from| without)|data(?= to be)"
-    return re.sub(
-        rf"^expected ({names})\b(?! most| least)", lambda match: f"expected {flag(match[1])}", message
-    )
+def _with_option(error: ValueError) -> str:
+    """What an error says, with the option of the current command in place of the field that it is about."""
+    field = getattr(error, "field", None)
+    for param in click.get_current_context().command.params:
+        if param.name == field:
+            return error.about(param.opts[0])
+    return str(error)
 
 
 def say(text: str | Path, **where: Any) -> None:

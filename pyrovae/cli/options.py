@@ -7,6 +7,7 @@ import click
 
 from pyrovae.runs import pictures
 from pyrovae.runs.config import Config, flag
+from pyrovae.runtime.errors import FieldError
 
 
 class Parsed(click.ParamType):
@@ -62,7 +63,7 @@ def with_shorthand(given: dict[str, Any], autoencoder: bool) -> dict[str, Any]:
     """
     for name, value in AUTOENCODER.items() if autoencoder else ():
         if given.get(name, value) != value:
-            raise ValueError(f"expected {name} {value} with --autoencoder, got {given[name]}")
+            raise FieldError(f"expected {name} {value} with --autoencoder, got {given[name]}", field=name)
     return given | (AUTOENCODER if autoencoder else {})
 
 

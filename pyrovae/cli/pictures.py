@@ -10,6 +10,7 @@ from pyrovae.cli.group import SUMMARIES
 from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import DATA_DIR, IMAGES, RUN, Parsed, counts, device, loading
 from pyrovae.runs import pictures
+from pyrovae.runtime.errors import FieldError
 
 
 def _picture(run: str, out: str | None, dpi: int, cuda: bool, **settings: Any) -> None:
@@ -43,9 +44,11 @@ def _encode(run: str, out: str | None, force: bool, cuda: bool, **settings: Any)
     with one_line_errors():
         path = Path(run) / "latents.npz" if out is None else Path(out)
         if path.suffix.lower() != ".npz":
-            raise ValueError(f"expected out with the suffix .npz, got {path}")
+            raise FieldError(f"expected out with the suffix .npz, got {path}", field="out")
         if out is not None and path.exists() and not force:
-            raise ValueError(f"expected out that is not there yet, or --force to replace it, got {path}")
+            raise FieldError(
+                f"expected out that is not there yet, or --force to replace it, got {path}", field="out"
+            )
         pictures.encode(run, device=device(cuda), **settings).save(path)
         say(path)
 

@@ -38,7 +38,9 @@ def _sweep(
         trust = plan.admit(trust=trust or typed)
         for name in AUTOENCODER if autoencoder else ():
             if {cell.get(name, AUTOENCODER[name]) for cell in plan.cells} != {AUTOENCODER[name]}:
-                raise sweeps.SweepError(f"expected {name} {AUTOENCODER[name]} with --autoencoder, got others")
+                raise sweeps.SweepError(
+                    f"expected {name} {AUTOENCODER[name]} with --autoencoder, got others", field=name
+                )
         directory = Path(out) if out else runs.new_directory(Path("runs") / "sweep", None)
         sweep = sweeps.Sweep(directory, plan, trust)
         bar = tqdm(total=len(plan.cells), unit="run", disable=quiet, dynamic_ncols=True)

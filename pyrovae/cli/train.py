@@ -43,7 +43,9 @@ def _train(
         elif resume is None:
             run, result = runs.train(Config(**settings | given), out=out, quiet=quiet)
         elif out is not None:
-            raise runs.RunError("expected out without --resume, which continues in the run's own directory")
+            raise runs.RunError(
+                "expected out without --resume, which continues in the run's own directory", field="out"
+            )
         else:
             run, result = runs.resume(resume, changes=given, quiet=quiet, trust=trust)
         stopped = result.stopped_by if not result.progress.finished else None

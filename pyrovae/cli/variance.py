@@ -13,6 +13,7 @@ from pyrovae.cli.messages import one_line_errors, say
 from pyrovae.cli.options import TRUST, Parsed, counts, given_in, option_of
 from pyrovae.runs.config import Config
 from pyrovae.runs.laboratory import TESTBEDS, Measurement, results_directory, table, write
+from pyrovae.runtime.errors import FieldError
 from pyrovae.variance.names import every_estimator
 from pyrovae.variance.results import Comparison
 
@@ -75,16 +76,21 @@ def _check_call(
         raise ValueError("expected one of RUN, --fresh and --testbed: see --help")
     of_model = given_in(ctx, {name: value for name, value in settings.items() if name not in _MEASURED})
     if of_model and not fresh:
-        raise ValueError(f"expected {next(iter(of_model))} with --fresh only")
+        raise FieldError(f"expected {next(iter(of_model))} with --fresh only", field=next(iter(of_model)))
     if (along or at) and testbed:
-        raise ValueError("expected along with RUN or --fresh, got --testbed, which is not trained")
+        raise FieldError(
+            "expected along with RUN or --fresh, got --testbed, which is not trained", field="along"
+        )
     about_images = given_in(
         ctx, {n: settings[n] for n in ("batch_size", "cuda", "data_dir")} | {"batches": own["batches"]}
     )
     if testbed and about_images:
-        raise ValueError(f"expected {next(iter(about_images))} with RUN or --fresh, got it with --testbed")
+        raise FieldError(
+            f"expected {next(iter(about_images))} with RUN or --fresh, got it with --testbed",
+            field=next(iter(about_images)),
+        )
     if at and not along:
-        raise ValueError("expected at with --along only")
+        raise FieldError("expected at with --along only", field="at")
 
 
 def _along(

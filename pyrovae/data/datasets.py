@@ -15,6 +15,7 @@ from pyrovae.data.arrays import read_arrays
 from pyrovae.data.folders import read_folder
 from pyrovae.data.images import Images, Source
 from pyrovae.data.sources import DATASETS, default_data_dir
+from pyrovae.runtime.errors import FieldError
 
 SPLIT_SEED = 0  # of the held-out images: the same for every run, so that runs can be compared
 HELD_OUT, MOST_HELD_OUT = 0.1, 5000  # this fraction, at most so many, for validation and for a missing test set
@@ -160,14 +161,18 @@ def read_source(name: str, data_dir: Path, image_size: int | None) -> Source:
     path = Path(name).expanduser()
     is_folder = name not in DATASETS and path.is_dir()
     if image_size is not None and (image_size < 1 or not is_folder):
-        raise ValueError(f"expected image_size >= 1 with a folder of images, got {image_size} with {name!r}")
+        raise FieldError(
+            f"expected image_size >= 1 with a folder of images, got {image_size} with {name!r}",
+            field="image_size",
+        )
     if name in DATASETS:
         return DATASETS[name](data_dir)
     if is_folder:
         return read_folder(path, image_size)
     if path.suffix.lower() in (".npz", ".npy") and path.is_file():
         return read_arrays(path)
-    raise ValueError(
+    raise FieldError(
         f"expected dataset to be one of {', '.join(DATASETS)}, or an existing .npz, .npy or folder, "
-        f"got {name!r}"
+        f"got {name!r}",
+        field="dataset",
     )

@@ -18,6 +18,7 @@ from pyrovae.estimators.sampling import Sampling, check_reparameterized, explain
 from pyrovae.estimators.traces import Gates, Program, point_masses, replayed, traced
 from pyrovae.estimators.twins import Twin
 from pyrovae.estimators.weights import check_weights
+from pyrovae.runtime.errors import FieldError
 
 
 class Estimator(ELBO, abc.ABC):
@@ -88,20 +89,29 @@ class Estimator(ELBO, abc.ABC):
         name, (least, largest) = type(self).__name__, self.particles
         if antithetic and (self.independent or largest == 1):
             needs = "needs independent particles" if self.independent else "takes one particle"
-            raise ValueError(f"expected antithetic False for {name}, which {needs}, got True")
+            raise FieldError(
+                f"expected antithetic False for {name}, which {needs}, got True", field="antithetic"
+            )
         least = max(least, 2 if antithetic else 1)
         num_particles = least if num_particles is None else num_particles
         use_rep = self.gradients[0] if use_rep is None else use_rep
         if num_particles < least:
-            raise ValueError(f"expected num_particles >= {least} for {name}, got {num_particles}")
+            raise FieldError(
+                f"expected num_particles >= {least} for {name}, got {num_particles}", field="num_particles"
+            )
         if largest is not None and num_particles > largest:
-            raise ValueError(f"expected num_particles <= {largest} for {name}, got {num_particles}")
+            raise FieldError(
+                f"expected num_particles <= {largest} for {name}, got {num_particles}", field="num_particles"
+            )
         if antithetic and num_particles % 2:
-            raise ValueError(f"expected num_particles even for antithetic pairs, got {num_particles}")
+            raise FieldError(
+                f"expected num_particles even for antithetic pairs, got {num_particles}", field="num_particles"
+            )
         if use_rep not in self.gradients:
             kind = "through reparameterized samples" if self.gradients[0] else "of the score function"
-            raise ValueError(
-                f"expected use_rep {self.gradients[0]} for {name}, a gradient {kind}, got {use_rep}"
+            raise FieldError(
+                f"expected use_rep {self.gradients[0]} for {name}, a gradient {kind}, got {use_rep}",
+                field="use_rep",
             )
         if not 1 <= max_plate_nesting < math.inf:
             raise ValueError(

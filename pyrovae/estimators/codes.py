@@ -13,6 +13,7 @@ from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.layout import Site, check_one_plate
 from pyrovae.estimators.pathwise import Elbo
 from pyrovae.estimators.traces import replaced, sample_sites
+from pyrovae.runtime.errors import FieldError
 
 
 class DisArm(Elbo):
@@ -35,7 +36,9 @@ class DisArm(Elbo):
 
     def __init__(self, *, antithetic: bool = True, **settings):
         if not antithetic:
-            raise ValueError("expected antithetic True for DisArm, which is made of pairs, got False")
+            raise FieldError(
+                "expected antithetic True for DisArm, which is made of pairs, got False", field="antithetic"
+            )
         super().__init__(antithetic=True, **settings)
 
     def surrogate(self, draws: Draws) -> Float[Tensor, " B"]:

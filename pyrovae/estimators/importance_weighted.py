@@ -13,6 +13,7 @@ from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.references import Named, of_elbo, plain
 from pyrovae.estimators.score_function import leave_one_out_mean
 from pyrovae.estimators.twins import Twin
+from pyrovae.runtime.errors import FieldError
 
 
 class Iwae(Estimator):
@@ -77,7 +78,7 @@ class Renyi(Iwae):
     def __init__(self, *, alpha: float = 0.5, **settings):
         super().__init__(**settings)
         if not 0 <= alpha < 1:
-            raise ValueError(f"expected alpha from 0 to below 1, got {alpha}")
+            raise FieldError(f"expected alpha from 0 to below 1, got {alpha}", field="alpha")
         self.alpha = alpha
 
     def plain(self, use_rep: bool) -> Named | None:

@@ -4,6 +4,7 @@ from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.kl import same
 from pyrovae.estimators.layout import plate_scale, plates_of
 from pyrovae.estimators.traces import known, masked_outside
+from pyrovae.runtime.errors import FieldError
 
 
 def check_weights(draws: Draws, name: str) -> None:
@@ -21,7 +22,9 @@ def check_weights(draws: Draws, name: str) -> None:
     """
     sites = draws.all_sites()
     if any(known(site["scale"] == plate_scale(site)) is False for site in sites):
-        raise ValueError(f"expected beta = 1 for {name}: another makes its weights no importance weights")
+        raise FieldError(
+            f"expected beta = 1 for {name}: another makes its weights no importance weights", field="beta"
+        )
     # A joint datum is made of all data.
     whole = [draws.subsampling if draws.layout.is_inside(site) else 1 for site in sites]
     if any(plate_scale(site) != scale for site, scale in zip(sites, whole, strict=True)):

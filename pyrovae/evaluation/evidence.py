@@ -21,6 +21,7 @@ from torch.nn.functional import one_hot
 
 from pyrovae.evaluation.annealing import Point, anneal, anneal_back, schedule
 from pyrovae.evaluation.weights import Evidence, Tally
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_labels
 from pyrovae.runtime.random_states import seeded
 from pyrovae.vae import VAE
@@ -243,7 +244,9 @@ class _Annealer:
     ):
         if vae.posterior.discrete:
             guide = type(vae.posterior).__name__
-            raise ValueError(f"expected ais with a continuous z only, got the discrete guide {guide}")
+            raise FieldError(
+                f"expected ais with a continuous z only, got the discrete guide {guide}", field="ais"
+            )
         _check_positive(ais_steps=steps, ais_chains=chains, leapfrog=leapfrog, batch_size=batch_size)
         images = max(1, _chunk(vae, batch_size) // chains)
         self.vae, self.x, self.chains, self.leapfrog = vae, x, chains, leapfrog
@@ -297,7 +300,7 @@ def _check(vae: VAE, x: Tensor, **numbers: int | None) -> None:
 def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ValueError(f"expected {name} >= 1, got {number}")
+            raise FieldError(f"expected {name} >= 1, got {number}", field=name)
 
 
 def _chunk(vae: VAE, batch_size: int | None) -> int:

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
 from pyrovae.networks import Encoder
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_above
 
 SCALE_HEADS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,7 +86,9 @@ class Headed(Guide):
     def __init__(self, encoder: Encoder, heads: dict[str, int], scale_head: str = "exp"):
         super().__init__()
         if scale_head not in SCALE_HEADS:
-            raise ValueError(f"expected scale_head in {', '.join(SCALE_HEADS)}, got {scale_head!r}")
+            raise FieldError(
+                f"expected scale_head in {', '.join(SCALE_HEADS)}, got {scale_head!r}", field="scale_head"
+            )
         self.encoder = encoder
         self.heads = heads
         self.head = nn.Linear(encoder.out_features, sum(heads.values()))
@@ -116,5 +119,5 @@ def check_positive(**settings: int | float) -> None:
     """Checks at the door that settings are positive: whole numbers from 1 on, others above 0."""
     for name, value in settings.items():
         if isinstance(value, int) and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
+            raise FieldError(f"expected {name} >= 1, got {value}", field=name)
         check_above(name, value)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Chi2, Distribution, Independent
 
 from pyrovae.guides.base import Guide
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_pixels
 from pyrovae.runtime.random_states import seeded
 
@@ -72,7 +73,7 @@ def check_guide(
     if not isinstance(guide, Guide):
         raise TypeError(f"expected a Guide, got {type(guide).__name__}: of a VAE, its vae.posterior")
     if draws < LEAST_EFFECTIVE:
-        raise ValueError(f"expected draws >= {LEAST_EFFECTIVE}, got {draws}")
+        raise FieldError(f"expected draws >= {LEAST_EFFECTIVE}, got {draws}", field="draws")
     if x.dim() != 2 or len(x) < 2:
         remedy = ": flatten images with images.flatten(1)" if x.dim() == 4 else ""
         raise ValueError(f"expected x of shape (B, D), B >= 2, got {tuple(x.shape)}{remedy}")

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Transform
 from pyrovae.guides.base import Headed, check_positive
 from pyrovae.guides.distributions import Flow
 from pyrovae.networks import Encoder
+from pyrovae.runtime.errors import FieldError
 
 
 class NormalizingFlow(Headed):
@@ -42,8 +43,9 @@ class NormalizingFlow(Headed):
         scale_head: str = "exp",
     ):
         if latent_dim < 2:
-            raise ValueError(
-                f"expected latent_dim >= 2 for {type(self).__name__}, got {latent_dim}: use mean-field"
+            raise FieldError(
+                f"expected latent_dim >= 2 for {type(self).__name__}, got {latent_dim}: use mean-field",
+                field="latent_dim",
             )
         check_positive(flow_depth=flow_depth, flow_width=flow_width)
         super().__init__(encoder, {"loc": latent_dim, "scale": latent_dim}, scale_head)
@@ -85,8 +87,9 @@ class InverseAutoregressive(NormalizingFlow):
 
     def network(self, latent_dim: int, context: int, width: int, backward: bool) -> nn.Module:
         if width < latent_dim:
-            raise ValueError(
-                f"expected flow_width >= latent_dim, {latent_dim}, for an autoregressive network, got {width}"
+            raise FieldError(
+                f"expected flow_width >= latent_dim, {latent_dim}, for an autoregressive network, got {width}",
+                field="flow_width",
             )
         order = list(range(latent_dim))[:: -1 if backward else 1]
         made = ConditionalAutoRegressiveNN(latent_dim, context, [width], permutation=torch.tensor(order))

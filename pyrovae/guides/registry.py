@@ -12,6 +12,7 @@ from pyrovae.guides.refined import Refined
 from pyrovae.guides.student_t import StudentT
 from pyrovae.networks import Encoder
 from pyrovae.runtime import parts
+from pyrovae.runtime.errors import FieldError
 
 GUIDES: dict[str, type[Guide]] = {
     "mean-field": MeanField,
@@ -46,8 +47,9 @@ def guide_class(name: str, *, trust: bool = False) -> type[Guide]:
     if name in GUIDES:
         return GUIDES[name]
     if ":" not in name:
-        raise ValueError(
-            f"expected guide in {', '.join(GUIDES)}, or package.module:Class of your own, got {name!r}"
+        raise FieldError(
+            f"expected guide in {', '.join(GUIDES)}, or package.module:Class of your own, got {name!r}",
+            field="guide",
         )
     return parts.find("guide", name, Guide, trust=trust)
 
@@ -65,6 +67,7 @@ def make_guide(name: str, encoder: Encoder, latent_dim: int, **settings: Any) ->
         return family(encoder, latent_dim, **settings)
     except Exception as error:  # whatever a foreign class raises
         made = ", ".join(["encoder", "latent_dim", *settings])
-        raise ValueError(
-            f"expected guide {name!r} to be made as {family.__name__}({made}), got {parts.in_a_line(error)}"
+        raise FieldError(
+            f"expected guide {name!r} to be made as {family.__name__}({made}), got {parts.in_a_line(error)}",
+            field="guide",
         ) from error

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_floats
 
 
@@ -59,7 +60,9 @@ class Bernoulli(Likelihood):
 
     def __post_init__(self):
         if self.binarize not in BINARIZATIONS:
-            raise ValueError(f"expected binarize in {', '.join(BINARIZATIONS)}, got {self.binarize!r}")
+            raise FieldError(
+                f"expected binarize in {', '.join(BINARIZATIONS)}, got {self.binarize!r}", field="binarize"
+            )
 
     @property
     def normalised(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_floats
 
 
@@ -29,7 +30,7 @@ class Categorical(Likelihood):
 
     def __post_init__(self):
         if not 2 <= self.levels <= 256:
-            raise ValueError(f"expected levels from 2 to 256, got {self.levels}")
+            raise FieldError(f"expected levels from 2 to 256, got {self.levels}", field="levels")
 
     @property
     def outputs(self) -> int:

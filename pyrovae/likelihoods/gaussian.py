@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrovae.likelihoods.base import Likelihood
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_floats
 
 
@@ -31,7 +32,7 @@ class Gaussian(Likelihood):
 
     def __post_init__(self):
         if self.c != "learned" and not (isinstance(self.c, float | int) and 0 < self.c < math.inf):
-            raise ValueError(f"expected c to be a finite variance > 0 or 'learned', got {self.c!r}")
+            raise FieldError(f"expected c to be a finite variance > 0 or 'learned', got {self.c!r}", field="c")
 
     @property
     def learned(self) -> Mapping[str, float]:

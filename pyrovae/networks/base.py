@@ -11,6 +11,8 @@ import math
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pyrovae.runtime.errors import FieldError
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "relu": nn.ReLU,
@@ -84,10 +86,10 @@ class Network(abc.ABC):
 def check_widths(name: str, widths: tuple[int, ...]) -> None:
     """Checks at the door that layers have widths, each from 1 on."""
     if not widths or min(widths) < 1:
-        raise ValueError(f"expected {name} to be one or more widths >= 1, got {widths}")
+        raise FieldError(f"expected {name} to be one or more widths >= 1, got {widths}", field=name)
 
 
 def check_activation(name: str) -> None:
     """Checks at the door that an activation has a name in ACTIVATIONS."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"expected activation in {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise FieldError(f"expected activation in {', '.join(ACTIVATIONS)}, got {name!r}", field="activation")

@@ -15,6 +15,7 @@ from pyrovae.report.subjects import read
 from pyrovae.report.summary import configuration, reproduction, summary
 from pyrovae.report.words import lead
 from pyrovae.runs import pictures
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.texts import printable
 from pyrovae.runtime.whole_files import write_atomically
 
@@ -79,7 +80,7 @@ def path_for(run: str | Path, out: str | Path | None = None) -> Path:
     """
     path = Path(run) / "report.html" if out is None else Path(out)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"expected out with a page's suffix ({', '.join(SUFFIXES)}), got {path}")
+        raise FieldError(f"expected out with a page's suffix ({', '.join(SUFFIXES)}), got {path}", field="out")
     return path
 
 

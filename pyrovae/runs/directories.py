@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pyrovae.data import Dataset
 from pyrovae.runs.config import Config
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.parts import TrustError
 from pyrovae.runtime.schemas import RAISED_BY_DAMAGE, Data, Settings, check, refused
 from pyrovae.runtime.versions import recorded
@@ -17,7 +18,7 @@ LEFT = ("config.json", "figures")  # what a run has before its first checkpoint
 VERSIONS = ("pyrovae", "torch", "pyro-ppl", "numpy")
 
 
-class RunError(ValueError):
+class RunError(FieldError):
     """A run directory is not what it should be."""
 
 
@@ -128,7 +129,7 @@ def new_directory(stem: Path, out: str | Path | None, left: Sequence[str] = ()) 
         refused = WriteError.of(error, stem if out is None else Path(out))
         if not refused.of_place:
             raise refused from None
-        raise RunError(f"expected out where a run can be written, got: {error}") from None
+        raise RunError(f"expected out where a run can be written, got: {error}", field="out") from None
 
 
 def check_new(directory: Path, left: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pyrovae.runs.directories import RunError, admit, read_config
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.schemas import Best, State
 from pyrovae.training.checkpoints import explained, load_checkpoint, load_model
 from pyrovae.vae import VAE
@@ -27,7 +28,7 @@ def load(
     """
     files = {"best": "best.pt", "last": "checkpoint.pt"}
     if which not in files:
-        raise ValueError(f"expected which in {', '.join(files)}, got {which!r}")
+        raise FieldError(f"expected which in {', '.join(files)}, got {which!r}", field="which")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

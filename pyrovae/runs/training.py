@@ -163,7 +163,9 @@ def _resume(directory: Path, changes: dict[str, Any], quiet: bool, trust: bool) 
                 done = state["progress"]["epoch"]
             read_history(directory, done)
             if config.epochs < done:
-                raise RunError(f"expected epochs >= {done}, which the run has done, got {config.epochs}")
+                raise RunError(
+                    f"expected epochs >= {done}, which the run has done, got {config.epochs}", field="epochs"
+                )
         if config != saved:
             write_atomically(directory / "config.json", record(config, dataset))
         return trained
@@ -180,7 +182,8 @@ def _changed(config: Config, changes: dict[str, Any]) -> Config:
         if name not in MAY_CHANGE and value != getattr(config, name):
             raise RunError(
                 f"expected {name} as the run has it, {getattr(config, name)}, got {value}: "
-                f"only {', '.join(MAY_CHANGE)} may change on resuming"
+                f"only {', '.join(MAY_CHANGE)} may change on resuming",
+                field=name,
             )
     return Config.from_json(merged)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyrovae.runtime import locks
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.whole_files import write_errors
 
 T = TypeVar("T")
@@ -110,9 +111,10 @@ def own_device(device: torch.device) -> torch.device:
         return device
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
-        raise ValueError(
+        raise FieldError(
             f"expected cuda with at most one process per GPU of a node, {there}, got more: "
-            "lower --nproc-per-node"
+            "lower --nproc-per-node",
+            field="cuda",
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyrovae.runtime.errors import FieldError
+
 MOST = 2**31 - 1  # the largest number of anything that is counted, which sizes of tensors and clocks can take
 ROUNDING = 1e-3  # values that leave [0, 1] by no more than this are taken for rounding
 
@@ -173,9 +175,9 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         ValueError: It is less than `least`, or more than MOST.
     """
     if value < least:
-        raise ValueError(f"expected {name} >= {least}, got {value}")
+        raise FieldError(f"expected {name} >= {least}, got {value}", field=name)
     if value > MOST:
-        raise ValueError(f"expected {name} <= {MOST}, got {value}")
+        raise FieldError(f"expected {name} <= {MOST}, got {value}", field=name)
 
 
 def check_above(name: str, value: int | float, least: int | float = 0, why: str = "") -> None:
@@ -189,7 +191,7 @@ def check_above(name: str, value: int | float, least: int | float = 0, why: str 
     """
     if not least < value < math.inf:
         wanted = "to be finite" if value == math.inf else f"> {least}{why}"
-        raise ValueError(f"expected {name} {wanted}, got {value}")
+        raise FieldError(f"expected {name} {wanted}, got {value}", field=name)
 
 
 def _check_tensor(value: object, name: str) -> None:

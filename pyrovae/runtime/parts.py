@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from pyrovae.runtime.errors import FieldError
+
 T = TypeVar("T")
 PACKAGE = __name__.partition(".")[0]
 OF_RUN = ("checkpoint.pt", "best.pt", "metrics.jsonl")  # what lies beside a run's config.json
@@ -81,8 +83,9 @@ def find(kind: str, name: str, base: type[T], *, trust: bool = False) -> type[T]
     if not (isinstance(found, type) and issubclass(found, base)) or inspect.isabstract(found):
         got = f"no {class_name!r} there" if found is None else f"{found!r}"
         needed = ", ".join(sorted(getattr(base, "__abstractmethods__", ())))
-        raise ValueError(
-            f"expected {kind} {name!r} to be a subclass of {PACKAGE}.{base.__name__} with {needed}, got {got}"
+        raise FieldError(
+            f"expected {kind} {name!r} to be a subclass of {PACKAGE}.{base.__name__} with {needed}, got {got}",
+            field=kind,
         )
     return found
 
@@ -105,13 +108,14 @@ def _imported(kind: str, name: str, module_name: str) -> ModuleType:
             if not runs:
                 return import_module(module_name)
         except (Exception, SystemExit) as error:  # whatever a foreign module raises
-            raise ValueError(
-                f"expected {kind} {name!r} in a module to import, got {in_a_line(error)}"
+            raise FieldError(
+                f"expected {kind} {name!r} in a module to import, got {in_a_line(error)}", field=kind
             ) from error
     place, run = next(iter(runs.items()))
-    raise ValueError(
+    raise FieldError(
         f"expected {kind} {name!r} in a module outside of runs, got {place} in {run}: "
-        "read it, and copy it elsewhere if you trust it"
+        "read it, and copy it elsewhere if you trust it",
+        field=kind,
     )
 
 

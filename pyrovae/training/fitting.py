@@ -14,6 +14,7 @@ from pyrovae.data import Images
 from pyrovae.estimators import Elbo, Estimator
 from pyrovae.programs.graphs import flushed_denormals
 from pyrovae.runtime import distributed
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.random_states import preserved_random_states
 from pyrovae.runtime.signals import DeferredSignals
 from pyrovae.training.loop import Settings, Trainer, batch_sizes
@@ -99,7 +100,7 @@ def fit(
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
+            raise FieldError(f"expected {name} >= 1, got {value}", field=name)
     for name, images in (("train", train), ("validation", validation)):
         vae.check(images, name)
         here, there = vae.zeros.device, images.pixels.device
@@ -112,7 +113,9 @@ def fit(
             raise ValueError(f"expected a VAE of finite parameters, got others in {name}: make it anew")
     estimator = estimator or Elbo()
     if kl_warmup and estimator.importance_weighted:
-        raise ValueError(f"expected kl_warmup 0 for {type(estimator).__name__}, got {kl_warmup}")
+        raise FieldError(
+            f"expected kl_warmup 0 for {type(estimator).__name__}, got {kl_warmup}", field="kl_warmup"
+        )
     trainer = Trainer(
         vae,
         train,
@@ -200,7 +203,8 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
             copy.reconstruct(few.pixels, few.labels)  # as the figures will, when it is too late
     except ValueError as error:
-        raise ValueError(str(error).splitlines()[0]) from None  # without the shapes that Pyro appends
+        first = str(error).splitlines()[0]  # without the shapes that Pyro appends
+        raise FieldError(first, field=getattr(error, "field", None)) from None
     except NotImplementedError:  # torch's word for what a distribution does not know
         raise ValueError("expected a guide whose q(z|x) has a mean, which stands for it, got none") from None
     except (TypeError, LookupError, AttributeError, RuntimeError) as error:

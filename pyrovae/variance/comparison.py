@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyrovae.estimators import Estimator
 from pyrovae.programs.pairs import untouched
+from pyrovae.runtime.errors import FieldError
 from pyrovae.variance.bench import Bench, Key
 from pyrovae.variance.names import USUAL, parse
 from pyrovae.variance.results import Comparison, Row, snr_slopes
@@ -57,7 +58,10 @@ def compare(
         ValueError: An unknown estimator, a bad number, or none that was named applies.
     """
     if not particles or min(particles) < 1:
-        raise ValueError(f"expected particles of at least 1, got {', '.join(map(str, particles)) or 'none'}")
+        raise FieldError(
+            f"expected particles of at least 1, got {', '.join(map(str, particles)) or 'none'}",
+            field="particles",
+        )
     with untouched(model, guide):
         bench = Bench(model, guide, x, draws, seed, parts, exact, compile, alpha)
         candidates, skipped = _candidates(estimators, particles, bench)

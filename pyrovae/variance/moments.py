@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyrovae.programs.pairs import parameters_of, untouched
+from pyrovae.runtime.errors import FieldError
 from pyrovae.variance.per_draw import PerDrawGradients
 from pyrovae.variance.stats import GradientStats, Parts, block_size
 from pyrovae.variance.tallies import Tally
@@ -77,7 +78,7 @@ def gradient_moments(
         True
     """
     if draws < 4:
-        raise ValueError(f"expected draws >= 4, got {draws}")
+        raise FieldError(f"expected draws >= 4, got {draws}", field="draws")
     args = x if isinstance(x, tuple) else (x,)
     with untouched(model, guide):
         parameters, in_guide = parameters_of(model, guide, *args)

@@ -1,6 +1,7 @@
 """The names by which estimators are compared: `iwae`, `iwae:score`, `stl:antithetic`."""
 
 from pyrovae.estimators import ESTIMATORS, Estimator
+from pyrovae.runtime.errors import FieldError
 
 
 def parse(text: str) -> tuple[type[Estimator], dict[str, bool]]:
@@ -11,7 +12,7 @@ def parse(text: str) -> tuple[type[Estimator], dict[str, bool]]:
     """
     name, *changes = text.split(":")
     if name not in ESTIMATORS:
-        raise ValueError(f"expected estimators in {', '.join(ESTIMATORS)}, got {name!r}")
+        raise FieldError(f"expected estimators in {', '.join(ESTIMATORS)}, got {name!r}", field="estimators")
     meanings = {"score": {"use_rep": False}, "pathwise": {"use_rep": True}, "antithetic": {"antithetic": True}}
     settings: dict[str, bool] = {}
     for change in changes:

@@ -35,6 +35,7 @@ from pyrovae.runs.assessment.results import Annealing, Assessment, Average, Boun
 from pyrovae.runs.directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs.loading import load
 from pyrovae.runs.progress import progress_bar
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, State
@@ -89,7 +90,7 @@ class Examination:
         for name in ("ais", "bidirectional"):
             check_count(name, getattr(self, name), least=0)
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"expected seed from 0 to 2**32 - 1, got {self.seed}")
+            raise FieldError(f"expected seed from 0 to 2**32 - 1, got {self.seed}", field="seed")
 
     def of_run(
         self,

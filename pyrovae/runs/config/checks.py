@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from pyrovae.estimators import Estimator
 from pyrovae.runs.config.settings import Settings
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_above, check_count
 
 GUIDE_SETTINGS = (
@@ -42,7 +43,7 @@ def check_numbers(settings: Settings) -> None:
             check_count(name, value)
     if settings.limit is not None and min(n for n in settings.limit if n is not None) < 1:
         counts = "/".join(str(n) for n in settings.limit if n is not None)
-        raise ValueError(f"expected limit of at least 1 image, got {counts}")
+        raise FieldError(f"expected limit of at least 1 image, got {counts}", field="limit")
     for name in ("limit", "hidden", "channels", "figure_epochs"):
         for number in getattr(settings, name) or ():
             if number is not None:
@@ -52,7 +53,7 @@ def check_numbers(settings: Settings) -> None:
         if getattr(settings, name) is not None:
             check_above(name, getattr(settings, name), least)
     if not 0 <= settings.seed < 2**32:
-        raise ValueError(f"expected seed from 0 to 2**32 - 1, got {settings.seed}")
+        raise FieldError(f"expected seed from 0 to 2**32 - 1, got {settings.seed}", field="seed")
 
 
 def check_choices(settings: Settings) -> None:
@@ -60,7 +61,7 @@ def check_choices(settings: Settings) -> None:
     for field in fields(settings):
         choices, value = field.metadata["choices"], getattr(settings, field.name)
         if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"expected {field.name} in {', '.join(choices)}, got {value!r}")
+            raise FieldError(f"expected {field.name} in {', '.join(choices)}, got {value!r}", field=field.name)
 
 
 def check_belonging(settings: Settings, role: str, registry: Mapping[str, type]) -> None:
@@ -69,7 +70,9 @@ def check_belonging(settings: Settings, role: str, registry: Mapping[str, type])
     for setting in sorted(set().union(*map(settings_of, registry.values())) - settings_of(registry[chosen])):
         if getattr(settings, setting) is not None:
             owners = " or ".join(repr(name) for name, part in registry.items() if setting in settings_of(part))
-            raise ValueError(f"expected {setting} with {role} {owners} only, got it with {chosen!r}")
+            raise FieldError(
+                f"expected {setting} with {role} {owners} only, got it with {chosen!r}", field=setting
+            )
 
 
 def check_weight_of_kl(settings: Settings, estimator: Estimator) -> None:
@@ -78,7 +81,8 @@ def check_weight_of_kl(settings: Settings, estimator: Estimator) -> None:
         why = "whose weights a scaled KL spoils" if estimator.importance_weighted else "which has no KL"
         for name, plain in (("beta", 1), ("kl_warmup", 0)):
             if getattr(settings, name) != plain:
-                raise ValueError(
+                raise FieldError(
                     f"expected {name} {plain} with estimator {settings.estimator!r}, {why}, "
-                    f"got {getattr(settings, name)}"
+                    f"got {getattr(settings, name)}",
+                    field=name,
                 )

@@ -26,6 +26,7 @@ from pyrovae.runs.config.checks import (
 )
 from pyrovae.runs.config.options import check_type, flag, spelled
 from pyrovae.runs.config.settings import Settings
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.parts import Received, TrustError
 from pyrovae.vae import VAE
 
@@ -105,8 +106,9 @@ class Config(Settings):
             TrustError: A file names foreign code, and `admit` has not been told to trust it.
         """
         if self.conditional and not classes:
-            raise ValueError(
-                "expected conditional with labels of 0 and up for every image, got images without such"
+            raise FieldError(
+                "expected conditional with labels of 0 and up for every image, got images without such",
+                field="conditional",
             )
         classes = classes if self.conditional else 0
         likelihood, network = self.make_likelihood(levels), self.make_network()
@@ -158,8 +160,10 @@ class Config(Settings):
         settings = {name: value for name, value in given.items() if value is not None}
         try:
             return ESTIMATORS[self.estimator](**settings, **self._settings_of(ESTIMATORS[self.estimator]))
-        except ValueError as error:
-            raise ValueError(str(error).replace("expected num_particles", "expected particles", 1)) from None
+        except FieldError as error:
+            if error.field != "num_particles":
+                raise
+            raise FieldError(error.about("particles"), field="particles") from None
 
     def device(self) -> torch.device:
         """Where the run happens.

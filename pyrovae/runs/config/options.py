@@ -7,6 +7,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any, Literal
 
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.schemas import check, reason
 
 
@@ -69,5 +70,7 @@ def check_type(field: Field, value: Any) -> None:
     except ValueError as error:
         said = reason(error)
         if said.startswith("expected "):
-            raise ValueError(f"expected {field.name} as {said.removeprefix('expected ')}") from None
+            raise FieldError(
+                f"expected {field.name} as {said.removeprefix('expected ')}", field=field.name
+            ) from None
         raise ValueError(f"expected another {field.name}, got {reprlib.repr(value)}: {said}") from None

@@ -11,6 +11,7 @@ from pyrovae.runs.config import COMPILE, LONG, Config
 from pyrovae.runs.directories import read_config
 from pyrovae.runs.loading import load
 from pyrovae.runs.progress import progress_bar
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best
@@ -60,10 +61,12 @@ class Measurement:
         for name, value in least.items():
             check_count(name, getattr(self, name), value)
         if not self.particles or min(self.particles) < 1:
-            raise ValueError(f"expected particles of at least 1, got {','.join(map(str, self.particles))}")
+            raise FieldError(
+                f"expected particles of at least 1, got {','.join(map(str, self.particles))}", field="particles"
+            )
         check_count("particles", max(self.particles))
         if self.compile not in COMPILE:
-            raise ValueError(f"expected compile in {', '.join(COMPILE)}, got {self.compile!r}")
+            raise FieldError(f"expected compile in {', '.join(COMPILE)}, got {self.compile!r}", field="compile")
         check_count("seed", self.seed, least=0)
 
     def of_vae(self, vae: VAE, dataset: Dataset, settings: dict[str, Any] | None = None) -> Comparison:
@@ -112,7 +115,7 @@ class Measurement:
             ValueError: An epoch is below 0.
         """
         if min(epochs) < 0:
-            raise ValueError(f"expected at of epochs >= 0, got {min(epochs)}")
+            raise FieldError(f"expected at of epochs >= 0, got {min(epochs)}", field="at")
         check_count("at", max(epochs), least=0)
         dataset = config.make_dataset()
         config = config.resolved(dataset.levels)

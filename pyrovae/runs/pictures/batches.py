@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae.data.files import FilePixels
 from pyrovae.runs.loading import load
+from pyrovae.runtime.errors import FieldError
 from pyrovae.vae import VAE
 
 BATCH = 100  # images or codes that go through a VAE at once
@@ -46,8 +47,9 @@ def decoded_as(vae: VAE, z: Float[Tensor, "A B L"], label: int) -> Float[Tensor,
 def check_class(vae: VAE, label: int | None) -> None:
     """Checks that a VAE has this class, if one is asked for."""
     if label is not None and not vae.classes:
-        raise ValueError(
-            "expected digit with a conditional VAE, got one without classes: train it --conditional"
+        raise FieldError(
+            "expected digit with a conditional VAE, got one without classes: train it --conditional",
+            field="digit",
         )
     if label is not None:
         check_range("digit", label, 0, vae.classes - 1)
@@ -56,4 +58,4 @@ def check_class(vae: VAE, label: int | None) -> None:
 def check_range(name: str, value: int, low: int, high: int) -> None:
     """Checks that a number lies from `low` to `high`."""
     if not low <= value <= high:
-        raise ValueError(f"expected {name} from {low} to {high}, got {value}")
+        raise FieldError(f"expected {name} from {low} to {high}, got {value}", field=name)

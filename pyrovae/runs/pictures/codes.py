@@ -14,6 +14,7 @@ from pyrovae.runs.loading import load
 from pyrovae.runs.pictures.batches import in_batches
 from pyrovae.runs.pictures.files import writing
 from pyrovae.runs.pictures.images import images_of
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.whole_files import replacing
 
 
@@ -41,10 +42,12 @@ def latent(
         limit: At most this many images, evenly spaced among those there are.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"expected limit >= 1, got {limit}")
+        raise FieldError(f"expected limit >= 1, got {limit}", field="limit")
     vae = load(run, which=which, device=device, trust=trust)
     if tsne and vae.latent_dim < 3:
-        raise ValueError(f"expected tsne with more than 2 latent dimensions, got {vae.latent_dim}")
+        raise FieldError(
+            f"expected tsne with more than 2 latent dimensions, got {vae.latent_dim}", field="tsne"
+        )
     images = images_of(run, vae, split=split, data=data, data_dir=data_dir)
     if limit is not None and limit < len(images):
         images = images[torch.arange(limit) * len(images) // limit]

@@ -14,6 +14,7 @@ from pyrovae.runs.loading import load
 from pyrovae.runs.pictures.batches import in_batches
 from pyrovae.runs.pictures.codes import principal_components
 from pyrovae.runs.pictures.images import SPLITS, images_of
+from pyrovae.runtime.errors import FieldError
 from pyrovae.vae import VAE
 
 
@@ -80,7 +81,9 @@ def _comparable(
     if len(several) < 2 or len({Path(run).resolve() for run in several}) < len(several):
         raise ValueError(f"expected at least two runs, and none twice, got {', '.join(map(str, several))}")
     if split == "all":
-        raise ValueError(f"expected split in {', '.join(s for s in SPLITS if s != 'all')}, got 'all'")
+        raise FieldError(
+            f"expected split in {', '.join(s for s in SPLITS if s != 'all')}, got 'all'", field="split"
+        )
     loaded = [load(run, which=which, device=device, trust=trust) for run in several]
     kinds = ["VAE" if vae.posterior.density else "autoencoder" for vae in loaded]
     short = [Path(run).resolve().name for run in several]

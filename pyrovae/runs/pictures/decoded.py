@@ -15,6 +15,7 @@ from pyrovae.runs.drawing import GRID_SIDE, PICTURED, samples
 from pyrovae.runs.loading import load
 from pyrovae.runs.pictures.batches import MOST, check_class, check_range, continuous, decoded_as, in_batches
 from pyrovae.runs.pictures.images import images_of
+from pyrovae.runtime.errors import FieldError
 from pyrovae.vae import VAE, prior_grid
 
 
@@ -84,7 +85,7 @@ def interpolate(
         raise ValueError("expected between or corners, got both")
     name, chosen, count = ("between", between or (0, 1), 2) if corners is None else ("corners", corners, 4)
     if len(chosen) != count:
-        raise ValueError(f"expected {name} of {count} indices, got {len(chosen)}")
+        raise FieldError(f"expected {name} of {count} indices, got {len(chosen)}", field=name)
     vae = continuous(run, "an interpolation", which, device, trust)
     images = images_of(run, vae, data_dir=data_dir)
     for index in chosen:
@@ -163,7 +164,9 @@ def manifold(
     if flat:
         for name, value in {"dims": dims, "image": image}.items():
             if value is not None:
-                raise ValueError(f"expected {name} without 2 latent dimensions, which are a grid, got {value}")
+                raise FieldError(
+                    f"expected {name} without 2 latent dimensions, which are a grid, got {value}", field=name
+                )
         return _plane(vae, steps, digit)
     dims = min(vae.latent_dim, 20) if dims is None else dims
     check_range("dims", dims, 1, min(vae.latent_dim, MOST))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.whole_files import WriteError, save_figure, write_errors
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".svg", ".pdf", ".eps")
@@ -21,7 +22,9 @@ def path_for(run: str | Path, name: str, out: str | Path | None = None) -> Path:
     """
     path = Path(run) / "figures" / f"{name}.png" if out is None else Path(out)
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"expected out with a picture's suffix ({', '.join(SUFFIXES)}), got {path}")
+        raise FieldError(
+            f"expected out with a picture's suffix ({', '.join(SUFFIXES)}), got {path}", field="out"
+        )
     return path
 
 
@@ -33,9 +36,10 @@ def save(figure: Figure, path: Path, dpi: int = 100) -> None:
     """
     width, height = figure.get_size_inches()
     if path.suffix.lower() not in VECTORS and width * height * dpi**2 > MOST_PIXELS:
-        raise ValueError(
+        raise FieldError(
             f"expected dpi for a picture of at most {MOST_PIXELS:,} pixels, got {dpi}, which makes "
-            f"{width * dpi:,.0f} x {height * dpi:,.0f}: lower it, or save as .pdf or .svg"
+            f"{width * dpi:,.0f} x {height * dpi:,.0f}: lower it, or save as .pdf or .svg",
+            field="dpi",
         )
     with writing(path):
         save_figure(figure, path, dpi)
@@ -56,4 +60,6 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError as error:
         if not error.of_place:
             raise
-        raise ValueError(f"expected out where a file can be written, got {path}: {error.reason}") from None
+        raise FieldError(
+            f"expected out where a file can be written, got {path}: {error.reason}", field="out"
+        ) from None

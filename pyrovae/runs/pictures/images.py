@@ -11,6 +11,7 @@ from pyrovae.data.images import Images
 from pyrovae.data.sources import DATASETS, default_data_dir
 from pyrovae.runs.config import Config
 from pyrovae.runs.directories import read_config
+from pyrovae.runtime.errors import FieldError
 from pyrovae.vae import VAE
 
 SPLITS = ("train", "validation", "test", "all")
@@ -31,11 +32,12 @@ def images_of(
     """
     split = split or ("validation" if data is None else "all")
     if split not in SPLITS:
-        raise ValueError(f"expected split in {', '.join(SPLITS)}, got {split!r}")
+        raise FieldError(f"expected split in {', '.join(SPLITS)}, got {split!r}", field="split")
     if vae.classes and data is not None and Path(data).expanduser().is_dir():
-        raise ValueError(
+        raise FieldError(
             "expected data to be an .npz with labels for a conditional VAE, got a folder, whose classes are "
-            "numbered by their names"
+            "numbered by their names",
+            field="data",
         )
     config, _ = read_config(Path(run))
     if data_dir is not None:
@@ -44,8 +46,10 @@ def images_of(
         config = _with_data(config, str(data), vae.decoder.shape)
     try:
         images = _every_image(config) if split == "all" else getattr(config.make_dataset(), split)
-    except ValueError as error:
-        raise ValueError(str(error).replace("expected dataset", "expected data", 1)) from None
+    except FieldError as error:
+        if error.field != "dataset":
+            raise
+        raise FieldError(error.about("data"), field="data") from None
     if vae.classes and images.labels is None:
         raise ValueError(
             f"expected labels with the images, for a conditional VAE, got none in {config.dataset}"

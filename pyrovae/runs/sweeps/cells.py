@@ -11,6 +11,7 @@ from typing import Any
 
 from pyrovae.runs.config import Config
 from pyrovae.runtime import schemas
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.parts import TrustError, is_foreign
 from pyrovae.runtime.schemas import check, refused
 
@@ -24,7 +25,7 @@ MOST_CELLS = 10_000
 Settings = dict[str, Any]
 
 
-class SweepError(ValueError):
+class SweepError(FieldError):
     """A recipe or a sweep's directory is not what it should be."""
 
 
@@ -50,7 +51,7 @@ class Recipe:
             try:
                 self.config(cell)
             except ValueError as error:
-                raise SweepError(f"{error}{in_cell(cell)}") from None
+                raise SweepError(f"{error}{in_cell(cell)}", field=getattr(error, "field", None)) from None
 
     def admit(self, *, trust: bool) -> bool:
         """Imports what classes of one's own the cells name, if trusted, so that none starts with a wrong name.
@@ -69,7 +70,7 @@ class Recipe:
             except TrustError:
                 raise
             except ValueError as error:
-                raise SweepError(f"{error}{in_cell(cell)}") from None
+                raise SweepError(f"{error}{in_cell(cell)}", field=getattr(error, "field", None)) from None
         return any(is_foreign(config.guide) for config in configs)
 
     def config(self, cell: Settings) -> Config:

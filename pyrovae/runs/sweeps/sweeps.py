@@ -49,7 +49,7 @@ class Sweep:
             if not error.of_place:
                 raise
             raise SweepError(
-                f"expected out where a sweep can be written, got {self.directory}: {error.reason}"
+                f"expected out where a sweep can be written, got {self.directory}: {error.reason}", field="out"
             ) from None
 
     def _begin(self) -> None:
@@ -67,13 +67,15 @@ class Sweep:
                 check(found, schemas.Sweep)
             if found != json.loads(json.dumps(contents)):
                 raise SweepError(
-                    f"expected out to be new or of the same sweep, got {self.directory} of another"
+                    f"expected out to be new or of the same sweep, got {self.directory} of another", field="out"
                 )
 
     def _check_place(self) -> None:
         place = self.directory
         if place.exists() and not (place / "sweep.json").exists() and not is_new(place, ("cells",)):
-            raise SweepError(f"expected out to be a new or empty directory, got {place}, which has files")
+            raise SweepError(
+                f"expected out to be a new or empty directory, got {place}, which has files", field="out"
+            )
 
     def run(
         self, jobs: int = 1, report: Callable[[str, str], Any] = lambda cell, outcome: None
