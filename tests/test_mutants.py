@@ -70,7 +70,7 @@ def counted(n):
     return n
 """
 TESTS = """
-from pyrovae.likelihoods.likelihoods import counted, scaled, shifted
+from pyrovae.likelihoods.gaussian import counted, scaled, shifted
 
 
 def test_scaled():
@@ -86,13 +86,13 @@ def test_counted():
 """
 EXPLAINED = """
 [[explained]]
-path = "likelihoods.py"
+path = "likelihoods/gaussian.py"
 text = "while n > 0:"
 change = "n > 0 -> n >= 0"
 reason = "Not so, but a test needs an entry."
 
 [[explained]]
-path = "likelihoods.py"
+path = "likelihoods/gaussian.py"
 text = "return x - 1"
 change = "x - 1 -> x + 1"
 reason = "Nobody calls it."
@@ -145,7 +145,9 @@ def repository(tmp_path_factory) -> Path:
         (root / folder / "__init__.py").touch()  # without it, a package of this name elsewhere would be taken
     for name in ("mutants", "covering", "mutations"):
         shutil.copy(ROOT / "benchmarks" / f"{name}.py", root / "benchmarks")
-    (root / PACKAGE / "likelihoods.py").write_text(MODULE)
+    (root / PACKAGE / "likelihoods").mkdir()
+    (root / PACKAGE / "likelihoods" / "__init__.py").touch()
+    (root / PACKAGE / "likelihoods" / "gaussian.py").write_text(MODULE)
     (root / "tests" / "test_likelihoods.py").write_text(TESTS)
     (root / "tests" / "test_docs.py").write_text("def test_nothing():\n    pass\n")
     (root / "tests" / "conftest.py").touch()
@@ -165,7 +167,7 @@ def call(repository: Path, *args: str) -> subprocess.CompletedProcess:
         "-c",
         f"{program}; mutants.main()",
         "-m",
-        "likelihoods",
+        "likelihoods/gaussian",
         "--cache",
         repository / "cache",
         *args,
@@ -178,7 +180,7 @@ def call(repository: Path, *args: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_mutants_are_judged(repository):
     result = call(repository, "--number", "100", "--jobs", "2")
-    survivors = re.findall(r"^likelihoods\.py:\d+: (.*)\n.*\n    (.*)$", result.stdout, flags=re.MULTILINE)
+    survivors = re.findall(r"^likelihoods/gaussian\.py:\d+: (.*)\n.*\n    (.*)$", result.stdout, flags=re.MULTILINE)
     unreached = "NO TEST REACHES IT"
     assert sorted(survivors) == [
         ("0 -> 1", "NOT EXPLAINED"),
@@ -186,7 +188,7 @@ def test_mutants_are_judged(repository):
         ("x - 1 -> x + 1", "Nobody calls it."),
         ("x > 0 -> x >= 0", "NOT EXPLAINED"),
     ]
-    tried = len(mutations(MODULE, "likelihoods.py"))
+    tried = len(mutations(MODULE, "likelihoods/gaussian.py"))
     assert f"4 of {tried} survived, of which 1 are explained" in result.stdout
     assert result.returncode == 1
     assert "at most 5%" in result.stderr
@@ -196,7 +198,7 @@ def test_mutants_are_judged(repository):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_a_place_may_be_named(repository):
-    result = call(repository, "--at", "likelihoods:6")
+    result = call(repository, "--at", "likelihoods/gaussian:6")
     assert "0 of 1 survived" in result.stdout
     assert result.returncode == 0
     assert "expected MODULE:LINE" in call(repository, "--at", "likelihood:6").stderr

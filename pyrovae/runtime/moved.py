@@ -13,7 +13,7 @@ MOVED = {
     "bias": "variance.bias",
     "buffers": "runtime.buffers",
     "cell": "cli.cell",
-    "checkpoints": "training.checkpoints",
+    "checkpoints": "training.checkpoints runtime.random_states",
     "checks": "guides.checks",
     "commands": "cli",
     "comparison": "variance.comparison",
