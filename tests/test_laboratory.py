@@ -26,7 +26,7 @@ from pyrovae.runs.laboratory import (
     write,
 )
 from pyrovae.training.fitting import fit
-from pyrovae.variance import bias, comparison
+from pyrovae.variance import bench, bias, comparison
 from pyrovae.variance.bench import make
 from pyrovae.variance.intervals import Slope
 from pyrovae.variance.names import USUAL
@@ -44,7 +44,7 @@ def _fewer():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         patch.setattr(bias, "FLIPS", 1000)
-        patch.setattr(comparison, "WARMUP", 5)
+        patch.setattr(bench, "WARMUP", 5)
         patch.setattr(comparison, "TIMINGS", 1)
         patch.setattr(comparison, "REFERENCE_PARTICLES", 4)
         patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)

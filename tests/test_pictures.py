@@ -12,7 +12,7 @@ from PIL import Image
 
 from pyrovae import figures, runs
 from pyrovae.cli.group import main
-from pyrovae.data import datasets as data
+from pyrovae.data import sources
 from pyrovae.runs import pictures
 from pyrovae.runs.config import Config
 from pyrovae.runs.pictures.codes import principal_components
@@ -327,7 +327,7 @@ def test_encode_takes_each_split(made, split, n):
 
 def test_all_images_are_in_the_order_of_their_source(made):
     run, vae, _ = opened(made, "plane")
-    everything = data.read_digits(Path())
+    everything = sources.read_digits(Path())
     latents = pictures.encode(run, split="all")
     assert torch.equal(latents.labels, everything.train.labels)
     torch.testing.assert_close(latents.mean[:9], vae.encode(everything.train.pixels[:9]))
