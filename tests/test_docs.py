@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import shlex
@@ -229,6 +230,13 @@ def test_workflow_begins_with_the_oldest_python():
     project = (ROOT / "pyproject.toml").read_text()
     oldest = re.search(r'requires-python = ">=([\d.]+)"', project).group(1)
     assert f'python: ["{oldest}", ' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_every_metric_is_explained():
+    explained = (ROOT / "docs" / "numbers.md").read_text()
+    for name in json.loads(Path(RUN, "metrics.jsonl").read_text().splitlines()[0]):
+        assert f"`{name}`" in explained, name
 
 
 def test_every_page_is_in_the_navigation():
