@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import shlex
@@ -205,8 +206,37 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-def test_readme_shows_pictures():
-    assert re.search(r"!\[[^]]+\]\(", (ROOT / "README.md").read_text())
+def test_readme_shows_pictures_that_are_there():
+    pictures = re.findall(r'<img src="([^"]+)"', (ROOT / "README.md").read_text())
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+def test_citation_is_of_this_version():
+    """Read by its lines, since no YAML parser is a dependency."""
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert "cff-version: 1.2.0" in lines
+    assert f"version: {pyrovae.__version__}" in lines
+    assert {line.split(":")[0] for line in lines if line[0].isalpha()} >= {
+        "message",
+        "title",
+        "type",
+        "authors",
+        "license",
+    }
+
+
+def test_workflow_begins_with_the_oldest_python():
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', project).group(1)
+    assert f'python: ["{oldest}", ' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+@pytest.mark.usefixtures("workplace")
+def test_every_metric_is_explained():
+    explained = (ROOT / "docs" / "numbers.md").read_text()
+    for name in json.loads(Path(RUN, "metrics.jsonl").read_text().splitlines()[0]):
+        assert f"`{name}`" in explained, name
 
 
 def test_every_page_is_in_the_navigation():
