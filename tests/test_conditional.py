@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrovae import runs
 from pyrovae.data import Images, load_dataset
-from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
+from pyrovae.evaluation import annealed, importance_weighted, naive
 from pyrovae.likelihoods import LIKELIHOODS
 from pyrovae.networks import NETWORKS, ClassPlanes
 from pyrovae.runs import assessment, pictures

@@ -16,6 +16,7 @@ from torch import nn
 from pyrovae import runs
 from pyrovae.data import Dataset, Images
 from pyrovae.estimators import AnalyticKL, Elbo, Reconstruction
+from pyrovae.evaluation import bidirectional
 from pyrovae.evaluation.bounds import (
     Probes,
     bits_per_dim,
@@ -27,7 +28,6 @@ from pyrovae.evaluation.bounds import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evaluation.evidence import bidirectional
 from pyrovae.evaluation.weights import Evidence
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS

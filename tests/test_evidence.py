@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrovae.evaluation import evidence
+from pyrovae.evaluation import annealed, bidirectional, chunks, importance_weighted, naive
 from pyrovae.evaluation.annealing import Point, anneal, schedule, transition
-from pyrovae.evaluation.evidence import annealed, bidirectional, importance_weighted, naive
 from pyrovae.evaluation.pareto import PRIOR_COUNT, PRIOR_K, tail_length
 from pyrovae.guides import Guide
 from pyrovae.likelihoods import LIKELIHOODS, Likelihood
@@ -291,7 +290,7 @@ def test_images_are_made_in_parts(monkeypatch):
     """No more at a time than an estimate decodes, here 2, and all of them."""
     vae, decoded = linear_vae(1, 5), []
     vae.decoder.register_forward_hook(lambda _, args, eta: decoded.append(args[0]))
-    monkeypatch.setattr(evidence, "NUMBERS", 10)
+    monkeypatch.setattr(chunks, "NUMBERS", 10)
     found = bidirectional(vae, images=7, chains=1, steps=1, leapfrog=1)
     made = decoded[:4]
     assert [len(z) for z in made] == [2, 2, 2, 1]

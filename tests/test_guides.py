@@ -14,8 +14,8 @@ from torch.distributions import kl_divergence
 from pyrovae import runs
 from pyrovae.data import Images
 from pyrovae.estimators import Antithetic, Elbo, Enumerate, Rloo
+from pyrovae.evaluation import importance_weighted
 from pyrovae.evaluation.bounds import kl_per_image, latent_means
-from pyrovae.evaluation.evidence import importance_weighted
 from pyrovae.guides import GUIDES, BernoulliCode, Guide, MeanField
 from pyrovae.likelihoods import Bernoulli
 from pyrovae.networks import MLP, NETWORKS, Encoder

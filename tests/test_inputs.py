@@ -9,8 +9,8 @@ import torch
 
 import pyrovae.data.images
 from pyrovae.data import Dataset, Images
+from pyrovae.evaluation import annealed, importance_weighted, naive
 from pyrovae.evaluation.bounds import evaluate, kl_per_image, latent_means, squared_error
-from pyrovae.evaluation.evidence import annealed, importance_weighted, naive
 from pyrovae.guides import make_guide
 from pyrovae.guides.checks import check_guide
 from pyrovae.likelihoods import LIKELIHOODS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyrovae.estimators import Elbo
-from pyrovae.evaluation.evidence import importance_weighted
+from pyrovae.evaluation import importance_weighted
 from pyrovae.guides import GUIDES, Guide
 from pyrovae.networks import Decoder, Encoder
 from pyrovae.vae import VAE

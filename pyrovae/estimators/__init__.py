@@ -1,6 +1,7 @@
 """Gradient estimators as Pyro ELBOs, usable with any Pyro model and guide."""
 
 from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.baselines import LearnedBaseline, Rloo, RunningMean
 from pyrovae.estimators.codes import DisArm, Enumerate
 from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.importance_weighted import Dreg, Iwae, Renyi, Rws, StlIwae, Vimco
@@ -12,7 +13,6 @@ from pyrovae.estimators.pathwise import (
     Reconstruction,
     StickingTheLanding,
 )
-from pyrovae.estimators.score_function import LearnedBaseline, Rloo, RunningMean
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "elbo": Elbo,

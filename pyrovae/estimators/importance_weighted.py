@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyrovae.estimators import twins
 from pyrovae.estimators.base import Estimator
+from pyrovae.estimators.baselines import leave_one_out_mean
 from pyrovae.estimators.draws import Draws
 from pyrovae.estimators.references import Named, of_elbo, plain
-from pyrovae.estimators.score_function import leave_one_out_mean
 from pyrovae.estimators.twins import Twin
 from pyrovae.runtime.errors import FieldError
 

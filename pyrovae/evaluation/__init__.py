@@ -21,7 +21,8 @@ _NAMES_OF = {
         "PCA_BATCH",
         "PCA_BYTES",
     ],
-    "evidence": ["importance_weighted", "naive", "annealed", "bidirectional", "Bidirectional"],
+    "importance": ["importance_weighted", "naive"],
+    "chains": ["annealed", "bidirectional", "Bidirectional"],
     "weights": ["Evidence"],
 }
 __getattr__, __dir__, __all__ = lazily(__name__, _NAMES_OF)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from pyrovae.evaluation.evidence import Progress
+from pyrovae.evaluation.chunks import Progress
 
 
 @contextmanager

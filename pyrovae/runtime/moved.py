@@ -1,4 +1,7 @@
-"""The names that modules had before they lay in packages, so that what imports them goes on working."""
+"""The names that modules had before they lay in packages, so that what imports them goes on working.
+
+A module that was divided comes back as one that has the names of all its parts.
+"""
 
 import sys
 from importlib import import_module
@@ -16,14 +19,16 @@ MOVED = {
     "checkpoints": "training.checkpoints runtime.random_states",
     "checks": "guides.checks",
     "commands": "cli",
-    "comparison": "variance.comparison",
+    "comparison": "variance.comparison variance.results variance.names variance.bench estimators.references",
     "config": "runs.config",
     "distributed": "runtime.distributed",
     "distributions": "guides.distributions",
-    "evidence": "evaluation.evidence",
+    "estimators.score_function": "estimators.baselines estimators.codes",
+    "evidence": "evaluation.importance evaluation.chains evaluation.chunks",
     "files": "data.files",
     "folders": "data.folders",
     "graphs": "programs.graphs",
+    "graphs.denormals": "runtime.denormals",
     "inputs": "runtime.inputs",
     "intervals": "variance.intervals",
     "laboratory": "runs.laboratory",
@@ -32,7 +37,7 @@ MOVED = {
     "pairs": "programs.pairs",
     "pareto": "evaluation.pareto",
     "parts": "runtime.parts",
-    "per_draw": "variance.per_draw",
+    "per_draw": "variance.per_draw variance.passes variance.layers",
     "pictures": "runs.pictures",
     "processes": "runtime.processes",
     "references": "programs.references",
@@ -41,7 +46,7 @@ MOVED = {
     "signals": "runtime.signals",
     "sizes": "runtime.sizes",
     "sweep": "runs.sweeps",
-    "testbed": "variance.testbed",
+    "testbed": "variance.testbed estimators.twins",
     "texts": "runtime.texts",
     "versions": "runtime.versions",
     "weights": "evaluation.weights",
@@ -50,25 +55,43 @@ MOVED = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Finds a module under its former name; both names mean the same module."""
+    """Finds a module under its former name. Both names mean the same module, unless it was divided."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if _present(fullname) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = import_module(_present(spec.name))
-        spec.loader_state = module.__spec__
+        parts = [import_module(name) for name in _present(spec.name)]
+        module = parts[0] if len(parts) == 1 else _joined(spec.name, parts)
+        spec.loader_state = module.__spec__ or spec
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = module.__spec__.loader_state  # which importing by the former name has just replaced
 
 
-def _present(former: str) -> str:
-    """The present name of a module, or "" if it has no other."""
+def _present(former: str) -> list[str]:
+    """The present names of a module, if it has others: of a package's module, also by the package's name."""
     package, _, name = former.partition(".")
     first, dot, rest = name.partition(".")
-    return f"{package}.{MOVED[first]}{dot}{rest}" if package == "pyrovae" and first in MOVED else ""
+    if package != "pyrovae":
+        return []
+    present = MOVED[name].split() if name in MOVED else [f"{MOVED[first]}{dot}{rest}"] if first in MOVED else []
+    return [f"pyrovae.{place}" for place in present]
+
+
+def _joined(name: str, parts: list[ModuleType]) -> ModuleType:
+    """A module in which names are looked up in several."""
+    joined = ModuleType(name, parts[0].__doc__)
+
+    def get(attribute: str) -> Any:
+        for part in parts:
+            if hasattr(part, attribute):
+                return getattr(part, attribute)
+        raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+
+    joined.__getattr__ = get
+    return joined
 
 
 def install() -> None:

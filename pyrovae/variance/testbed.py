@@ -21,7 +21,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrovae.estimators import Estimator
-from pyrovae.estimators.score_function import Baselined
+from pyrovae.estimators.baselines import Baselined
 from pyrovae.estimators.twins import Grid, Terms, Twin
 from pyrovae.runtime.random_states import seeded
 

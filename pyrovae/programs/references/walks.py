@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.programs.references.code import LOOSE, Access, Names, read_code
+from pyrovae.programs.references.members import function_of, package_of, slots_of
 from pyrovae.programs.references.places import EMPTY, PLAIN, Attributes, Inherited, Place
 
 MOST_OBJECTS = 10_000  # that a walk visits
 MOST_ITEMS = 1_000  # of a container that a walk looks at
-
 _OPEN = {"torch", "pyro"}  # every attribute of their objects counts, because their code is not read
 _UNREAD = {*sys.stdlib_module_names, *_OPEN, "numpy", "scipy", "jaxtyping", "beartype"}
 _FIXED = {*_UNREAD, "pyrovae"}  # nobody rebinds their globals and the attributes of their classes
@@ -104,16 +104,16 @@ class Walk:
         """Adds what an object has from its class, as far as some code uses it: attributes and methods."""
         inherited: dict[str, Any] = {}
         for base in kind.__mro__:
-            if _package(base) in _UNREAD:
+            if package_of(base) in _UNREAD:
                 continue
             members = vars(base)
             used = {*access.parts, *(_IMPLIED if access.loose else ())}
             used |= members.keys() & (self.names.read | self.names.called) if access.loose else set()
             for name in sorted(members.keys() & used):
-                if _function_of(members[name]) is not None:
+                if function_of(members[name]) is not None:
                     self._add_method(members[name], owner, access.parts.get(name, LOOSE), via)
-            if _package(base) not in _FIXED:
-                inherited = {n: v for n, v in members.items() if _function_of(v) is None} | inherited
+            if package_of(base) not in _FIXED:
+                inherited = {n: v for n, v in members.items() if function_of(v) is None} | inherited
         its_own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
         missing = {name: value for name, value in inherited.items() if name not in its_own}
         self._add_attributes(Inherited(owner), missing, access, kind.__name__)
@@ -121,7 +121,7 @@ class Walk:
     def _add_method(self, member: Any, owner: Any, access: Access, via: Place) -> None:
         if isinstance(member, classmethod):
             owner = owner if isinstance(owner, type) else type(owner)
-        function = _function_of(member)
+        function = function_of(member)
         if isinstance(function, types.FunctionType):
             self._add_function(function, EMPTY if isinstance(member, staticmethod) else owner, via)
         else:
@@ -172,12 +172,12 @@ class Walk:
     @singledispatchmethod
     def _follow(self, value: Any, via: Place, access: Access) -> None:
         """Goes on from an object of no special kind."""
-        kind, package, values = type(value), _package(type(value)), getattr(value, "__dict__", {})
+        kind, package, values = type(value), package_of(type(value)), getattr(value, "__dict__", {})
         if package in _OPEN:
             for name in values:
                 self._add(Place(values, name, f"{name!r} of {kind.__name__}", own=False))
             return
-        slots = {name: getattr(value, name) for base in kind.__mro__ for name in _slots(base, value)}
+        slots = {name: getattr(value, name) for base in kind.__mro__ for name in slots_of(base, value)}
         for container, content in ((values, values), (Attributes(value), slots)):
             self._add_attributes(container, content, access, kind.__name__, own=package != "pyrovae")
         self._add_class(kind, value, access, via)
@@ -218,7 +218,7 @@ class Walk:
 
     @_follow.register
     def _(self, value: nn.Module, via: Place, access: Access) -> None:
-        kind, values, own = type(value), vars(value), _package(type(value)) not in _FIXED
+        kind, values, own = type(value), vars(value), package_of(type(value)) not in _FIXED
         if self._is_new(value):
             self.modules.append(value)
             for part in _PARTS:
@@ -235,7 +235,7 @@ class Walk:
     def _(self, value: type, via: Place, access: Access) -> None:
         self._add_class(value, value, access, via)
         for base in value.__mro__ if access.loose else ():
-            if _package(base) not in _UNREAD and "__init__" in vars(base):
+            if package_of(base) not in _UNREAD and "__init__" in vars(base):
                 self._add_method(vars(base)["__init__"], Access(), LOOSE, via)  # of an object that is new
 
     @_follow.register
@@ -273,29 +273,3 @@ def _heads(root: Any) -> Iterable[types.FunctionType]:
 
 def _is_unread(module: str) -> bool:
     return module.partition(".")[0] in _UNREAD or module.startswith(_OURS)
-
-
-def _package(kind: type) -> str:
-    return str(kind.__module__).partition(".")[0]
-
-
-def _slots(kind: type, value: Any) -> list[str]:
-    names = vars(kind).get("__slots__", ())
-    return [name for name in ([names] if isinstance(names, str) else names) if hasattr(value, name)]
-
-
-def _function_of(member: Any) -> Any:
-    """The function behind what stands in a class, if it is one; None if it is not."""
-    for kind, name in _BEHIND.items():
-        if isinstance(member, kind):
-            return getattr(member, name) if name else member
-    return None
-
-
-_BEHIND = {
-    types.FunctionType: "",
-    property: "fget",
-    staticmethod: "__func__",
-    classmethod: "__func__",
-    functools.cached_property: "func",
-}

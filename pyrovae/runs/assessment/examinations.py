@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pyrovae.data.datasets import Dataset
-from pyrovae.data.images import Images
+from pyrovae.data import Dataset, Images
+from pyrovae.evaluation import Bidirectional, annealed, bidirectional, importance_weighted, naive
 from pyrovae.evaluation.bounds import (
     ACTIVE,
     Probes,
@@ -22,20 +22,13 @@ from pyrovae.evaluation.bounds import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.evaluation.evidence import (
-    Bidirectional,
-    annealed,
-    bidirectional,
-    importance_weighted,
-    naive,
-)
+from pyrovae.runtime.errors import FieldError
 from pyrovae.evaluation.weights import Evidence
 from pyrovae.runs.assessment.doubts import warnings_of
 from pyrovae.runs.assessment.results import Annealing, Assessment, Average, Bounds, Latents, Weighing
 from pyrovae.runs.directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs.loading import load
 from pyrovae.runs.progress import progress_bar
-from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, State

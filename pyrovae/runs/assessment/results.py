@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from pyrovae.evaluation import Bidirectional
 from pyrovae.evaluation.bounds import Probes
-from pyrovae.evaluation.evidence import Bidirectional
 from pyrovae.evaluation.weights import Evidence
 from pyrovae.runtime.schemas import Examined, OfRun, check, converted
 

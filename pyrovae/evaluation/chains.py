@@ -1,33 +1,25 @@
-"""Estimates of log p(x), the evidence of a VAE: importance sampling, prior samples, annealing.
+"""Estimates of log p(x) by annealed importance sampling, and bounds from both sides.
 
-They take observations as `VAE.observe` gives them, so that all are of the same x. Each estimates p(x)
-without bias, so that its logarithm is too small on average. `bidirectional` bounds log p(x) from above as well,
-for images that the model makes.
-
-None of them changes anything. Networks run in evaluation mode, whatever mode they are in. The noise is a
-function of the seed. The VAE and the random states of torch, numpy and Python are left as they were.
+Like those of `importance`, they leave the VAE and all random states as they were. `bidirectional` bounds
+log p(x) from above as well, for images that the model makes.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import pyro
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyrovae.evaluation.annealing import Point, anneal, anneal_back, schedule
+from pyrovae.evaluation.chunks import Progress, check, check_positive, chunk_size, evaluating, report
 from pyrovae.evaluation.weights import Evidence, Tally
 from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_labels
-from pyrovae.runtime.random_states import seeded
 from pyrovae.vae import VAE
 
-Progress = Callable[[int, int, str], None]  # (done, total, what)
-NUMBERS = 2**22  # that the decoder gives at a time, unless a batch size says otherwise
 PILOT_CHAINS = 4
 
 
@@ -49,78 +41,6 @@ class Bidirectional:
     def gap(self) -> Float[Tensor, " N"]:
         """(N,) upper less lower: on average at least as large as the error of each, and 0 if chains mix."""
         return self.upper - self.lower.log_evidence
-
-
-def importance_weighted(
-    vae: VAE,
-    x: Shaped[Tensor, "N E"],
-    *,
-    particles: int = 1000,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> Evidence:
-    """log of the mean of p(x, z_k) / q(z_k|x), z_k ~ q(z|x).
-
-    An image's noise depends on the seed and its place only: not on the other images, nor on the
-    batch size, which changes nothing but rounding.
-
-    Args:
-        particles: K.
-        batch_size: Particles decoded at a time; what keeps memory small if None.
-
-    Source: Importance Weighted Autoencoders, Burda, Grosse & Salakhutdinov, 2016,
-    https://arxiv.org/abs/1509.00519, eq. 8.
-    """
-    if not vae.posterior.density:
-        raise ValueError("expected a guide with a density, got an autoencoder's point mass: see naive")
-    _check(vae, x, particles=particles, batch_size=batch_size)
-    chunk, tally = _chunk(vae, batch_size), Tally(x, particles)
-    with _evaluating(vae, seed):
-        prior = vae.posterior.prior(vae.zeros)
-        for i in range(len(x)):
-            q = vae.posterior_of(x[i : i + 1])
-            for z in q.sample((particles,)).split(chunk):
-                log_lik = vae.log_lik(z, x[i])
-                tally.add(slice(i, i + 1), log_lik + prior.log_prob(z) - q.log_prob(z), log_lik)
-            _report(progress, i + 1, len(x), "importance sampling")
-    return tally.result()
-
-
-def naive(
-    vae: VAE,
-    x: Shaped[Tensor, "N E"],
-    *,
-    particles: int = 1000,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> Evidence:
-    """log of the mean of p(x|z_k), z_k ~ p(z), the same K prior samples for all images.
-
-    Few of them explain a given image, so that it falls short by far in more than a few dimensions.
-    Sharing the samples makes the errors of different images dependent.
-
-    Args:
-        particles: K.
-        batch_size: Pairs of a particle and an image at a time; what keeps memory small if None.
-    """
-    _check(vae, x, particles=particles, batch_size=batch_size)
-    chunk, tally = _chunk(vae, batch_size), Tally(x, particles)
-    images = min(len(x), math.isqrt(chunk))
-    with _evaluating(vae, seed):
-        samples = vae.posterior.prior(vae.zeros).sample((particles,))
-        done = 0
-        for z in samples.split(chunk // images):
-            for of_class in _by_class(vae, x):
-                observed, y = vae.split(x[of_class])
-                p = vae.likelihood_of(z.unsqueeze(1), None if y is None else y[0])
-                for part, rows in zip(observed.split(images), of_class.split(images), strict=True):
-                    log_lik = p.log_prob(part)
-                    tally.add(rows, log_lik, log_lik)
-            done += len(z)
-            _report(progress, done, particles, "prior samples")
-    return tally.result()
 
 
 def annealed(
@@ -160,10 +80,10 @@ def annealed(
     On the quantitative analysis of decoder-based generative models, Wu, Burda, Salakhutdinov & Grosse,
     2017, https://arxiv.org/abs/1611.04273, section 3.1.
     """
-    _check(vae, x)
+    check(vae, x)
     annealer = _Annealer(vae, x, steps, chains, leapfrog, batch_size, progress, runs=2)
     tally = Tally(x, chains)
-    with _evaluating(vae, seed):
+    with evaluating(vae, seed):
         for rows in annealer.parts:
             log_weight, log_lik, _ = annealer.forward(rows)
             tally.add(rows, log_weight, log_lik)
@@ -201,8 +121,8 @@ def bidirectional(
     Source: Sandwiching the marginal likelihood using bidirectional Monte Carlo, Grosse, Ghahramani & Adams,
     2015, https://arxiv.org/abs/1511.02543, section 3.
     """
-    _check_positive(images=images)
-    with _evaluating(vae, seed):
+    check_positive(images=images)
+    with evaluating(vae, seed):
         z, x = _simulate(vae, images, labels)
         annealer = _Annealer(vae, x, steps, chains, leapfrog, batch_size, progress, runs=3)
         lower, upper = Tally(x, chains), torch.zeros(len(x), dtype=torch.float64)
@@ -222,7 +142,7 @@ def _simulate(vae: VAE, images: int, labels: Tensor | None) -> tuple[Tensor, Ten
     if vae.classes:
         check_labels(labels, vae.classes, (images,))
         y = one_hot(labels.long(), vae.classes).to(vae.zeros)
-    chunk = _chunk(vae, None)
+    chunk = chunk_size(vae, None)
     parts = [slice(start, start + chunk) for start in range(0, images, chunk)]
     x = torch.cat([vae.likelihood_of(z[part], None if y is None else y[part]).sample() for part in parts])
     return z, x if y is None else torch.cat([x, y.to(x)], -1)
@@ -247,8 +167,8 @@ class _Annealer:
             raise FieldError(
                 f"expected ais with a continuous z only, got the discrete guide {guide}", field="ais"
             )
-        _check_positive(ais_steps=steps, ais_chains=chains, leapfrog=leapfrog, batch_size=batch_size)
-        images = max(1, _chunk(vae, batch_size) // chains)
+        check_positive(ais_steps=steps, ais_chains=chains, leapfrog=leapfrog, batch_size=batch_size)
+        images = max(1, chunk_size(vae, batch_size) // chains)
         self.vae, self.x, self.chains, self.leapfrog = vae, x, chains, leapfrog
         self.temperatures, self.progress = schedule(steps), progress
         self.parts = [slice(start, start + images) for start in range(0, len(x), images)]
@@ -274,7 +194,7 @@ class _Annealer:
 
     def _step(self) -> None:
         self.done += 1
-        _report(self.progress, self.done, self.total, "annealing")
+        report(self.progress, self.done, self.total, "annealing")
 
 
 def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B E"]) -> Point:
@@ -283,37 +203,3 @@ def _point(vae: VAE, z: Float[Tensor, "K B L"], x: Shaped[Tensor, "B E"]) -> Poi
         log_prior, log_lik = vae.posterior.prior(vae.zeros).log_prob(z), vae.log_lik(z, x)
         gradients = (torch.autograd.grad(term.sum(), z)[0] for term in (log_prior, log_lik))
         return Point(z.detach(), log_prior.detach(), log_lik.detach(), *gradients)
-
-
-def _by_class(vae: VAE, x: Shaped[Tensor, "N E"]) -> tuple[Int[Tensor, " rows"], ...]:
-    """The rows of each class, which share p(x|z, y); all rows where there are none."""
-    y = vae.split(x)[1]
-    rows = torch.arange(len(x), device=x.device)
-    return (rows,) if y is None else tuple(rows[y[:, c] > 0] for c in y.any(0).nonzero()[:, 0])
-
-
-def _check(vae: VAE, x: Tensor, **numbers: int | None) -> None:
-    _check_positive(images=len(x), **numbers)
-    vae.check_observed(x)
-
-
-def _check_positive(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise FieldError(f"expected {name} >= 1, got {number}", field=name)
-
-
-def _chunk(vae: VAE, batch_size: int | None) -> int:
-    """The number of decoded images to hold at a time."""
-    return batch_size or max(1, NUMBERS // (math.prod(vae.decoder.shape) * vae.likelihood.outputs))
-
-
-def _report(progress: Progress | None, done: int, total: int, what: str) -> None:
-    if progress is not None:
-        progress(done, total, what)
-
-
-@contextlib.contextmanager
-def _evaluating(vae: VAE, seed: int) -> Iterator[None]:
-    with vae.evaluating(), seeded(seed, vae.zeros.device), pyro.validation_enabled(False):
-        yield
