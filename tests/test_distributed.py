@@ -12,6 +12,7 @@ from pyrovae.estimators import ESTIMATORS
 from pyrovae.programs.graphs import CaptureWarning
 from pyrovae.runs.config import Config
 from pyrovae.runtime import distributed
+from pyrovae.runtime.distributed import gradients
 from pyrovae.training import Settings, Trainer, fit
 from pyrovae.training.steps import CompiledStep
 from tests.test_training import TINY
@@ -33,12 +34,12 @@ def test_what_an_estimator_learns_is_averaged_in_place(make_vae, name):
 
 def test_shards_cover_a_batch_once_and_have_two_rows(monkeypatch):
     for world in range(1, 6):
-        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        monkeypatch.setattr(gradients, "world", lambda world=world: world)
         for size in range(1, 12):
             owned, values = [], torch.arange(float(size)) + 1
             average = 0.0
             for rank in range(world):
-                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                monkeypatch.setattr(gradients, "rank", lambda rank=rank: rank)
                 rows = distributed.shard(torch.arange(size))
                 assert len(rows) == len(rows.unique()) >= min(2, size)
                 owned += rows[: distributed.own_rows(size)].tolist()
@@ -53,7 +54,7 @@ def test_batch_norm_is_synchronised_under_its_own_names_and_restored(make_vae, m
     before = [module for module in vae.modules() if isinstance(module, nn.BatchNorm2d)]
     with distributed.synchronised_norms(vae):
         assert not any(isinstance(module, nn.SyncBatchNorm) for module in vae.modules())
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(gradients, "world", lambda: 2)
     with distributed.synchronised_norms(vae):  # on a CPU
         assert not any(isinstance(module, nn.SyncBatchNorm) for module in vae.modules())
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
@@ -68,7 +69,7 @@ def test_batch_norm_is_synchronised_under_its_own_names_and_restored(make_vae, m
 
 
 def test_steps_that_share_batch_norm_over_gpus_run_uncompiled(make_vae, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(gradients, "world", lambda: 2)
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
     images = Images(torch.rand(4, 1, 8, 8))
 

@@ -3,8 +3,8 @@
 from pyrovae.runtime.lazily import lazily
 
 _NAMES_OF = {
-    "moments": ["gradient_moments"],
-    "stats": ["GradientStats", "Parts"],
+    "moments": ["gradient_moments", "LARGEST_ERROR"],
+    "stats": ["GradientStats", "Parts", "BLOCKS"],
     "bias": ["check_bias", "BiasTest"],
     "comparison": ["compare"],
     "names": ["USUAL", "every_estimator", "parse"],
