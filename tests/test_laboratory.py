@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pyrovae import runs
+from pyrovae.estimators import references
 from pyrovae.runs.config import Config
 from pyrovae.runs.directories import RunError
 from pyrovae.runs.laboratory import (
@@ -45,8 +46,8 @@ def _fewer():
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         patch.setattr(bias, "FLIPS", 1000)
         patch.setattr(bench, "WARMUP", 5)
-        patch.setattr(comparison, "TIMINGS", 1)
-        patch.setattr(comparison, "REFERENCE_PARTICLES", 4)
+        patch.setattr(bench, "TIMINGS", 1)
+        patch.setattr(references, "REFERENCE_PARTICLES", 4)
         patch.setattr("pyrovae.runs.training.draw_figures", lambda *args: None)
         bias._signs.cache_clear()
         yield
