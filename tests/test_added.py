@@ -1,4 +1,4 @@
-"""An estimator, a guide, a likelihood and a network of one's own, each from one place: all commands know them."""
+"""An estimator, a guide, a likelihood and a network of one's own, each from one place: commands know them."""
 
 import os
 import subprocess

@@ -180,9 +180,8 @@ def call(repository: Path, *args: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_mutants_are_judged(repository):
     result = call(repository, "--number", "100", "--jobs", "2")
-    survivors = re.findall(
-        r"^likelihoods/gaussian\.py:\d+: (.*)\n.*\n    (.*)$", result.stdout, flags=re.MULTILINE
-    )
+    pattern = r"^likelihoods/gaussian\.py:\d+: (.*)\n.*\n    (.*)$"
+    survivors = re.findall(pattern, result.stdout, flags=re.MULTILINE)
     unreached = "NO TEST REACHES IT"
     assert sorted(survivors) == [
         ("0 -> 1", "NOT EXPLAINED"),

@@ -22,13 +22,13 @@ from pyrovae.evaluation.bounds import (
     variance_of_means,
     without_constant,
 )
-from pyrovae.runtime.errors import FieldError
 from pyrovae.evaluation.weights import Evidence
 from pyrovae.runs.assessment.doubts import warnings_of
 from pyrovae.runs.assessment.results import Annealing, Assessment, Average, Bounds, Latents, Weighing
 from pyrovae.runs.directories import VERSIONS, RunError, read_config, same_data
 from pyrovae.runs.loading import load
 from pyrovae.runs.progress import progress_bar
+from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.inputs import check_count
 from pyrovae.runtime.random_states import seeded
 from pyrovae.runtime.schemas import Best, State

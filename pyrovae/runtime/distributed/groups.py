@@ -8,11 +8,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pyrovae.runtime.errors import FieldError
+
 PATIENCE = timedelta(minutes=30)  # for what the others do, the first's validation say, before it is an error
 _NEEDED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # variables; below, how such begin
 _OF_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-
-from pyrovae.runtime.errors import FieldError
 
 
 class LostProcess(OSError):
