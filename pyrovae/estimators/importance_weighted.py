@@ -70,7 +70,7 @@ class Renyi(Iwae):
     Example:
         >>> Renyi(alpha=1.0)
         Traceback (most recent call last):
-        ValueError: expected alpha from 0 to below 1, got 1.0
+        pyrovae.runtime.errors.FieldError: expected alpha from 0 to below 1, got 1.0
     """
 
     twin: ClassVar = Twin(twins.iwae)

@@ -200,7 +200,7 @@ class MeasureValued(Elbo):
     Example:
         >>> MeasureValued(num_particles=2)
         Traceback (most recent call last):
-        ValueError: expected num_particles <= 1 for MeasureValued, got 2
+        pyrovae.runtime.errors.FieldError: expected num_particles <= 1 for MeasureValued, got 2
     """
 
     gradients: ClassVar = (False,)

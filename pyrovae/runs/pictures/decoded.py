@@ -82,7 +82,7 @@ def interpolate(
     """
     check_range("steps", steps, 2, MOST)
     if between is not None and corners is not None:
-        raise ValueError("expected between or corners, got both")
+        raise FieldError("expected between or corners, got both", field="between")
     name, chosen, count = ("between", between or (0, 1), 2) if corners is None else ("corners", corners, 4)
     if len(chosen) != count:
         raise FieldError(f"expected {name} of {count} indices, got {len(chosen)}", field=name)
