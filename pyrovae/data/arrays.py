@@ -17,8 +17,8 @@ from torch import Tensor
 from pyrovae.data import files
 from pyrovae.data.files import CHUNK, ArrayFile, FilePixels
 from pyrovae.data.images import Images, Source
+from pyrovae.runtime.damage import RAISED_BY_DAMAGE
 from pyrovae.runtime.inputs import range_fault
-from pyrovae.runtime.schemas import RAISED_BY_DAMAGE
 from pyrovae.runtime.sizes import MAGIC, Declared, check_fits, declared_arrays
 from pyrovae.runtime.texts import first_line
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pyrovae.data.arrays import check_grey_levels, images_from_array
 from pyrovae.data.images import Source
-from pyrovae.runtime.schemas import RAISED_BY_DAMAGE
+from pyrovae.runtime.damage import RAISED_BY_DAMAGE
 from pyrovae.runtime.sizes import check_fits
 
 WHITE = 255  # the background of transparent pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pyrovae.data.images import Images, Source
-from pyrovae.runtime.schemas import RAISED_BY_DAMAGE
+from pyrovae.runtime.damage import RAISED_BY_DAMAGE
 from pyrovae.runtime.sizes import check_fits
 from pyrovae.runtime.texts import first_line
 

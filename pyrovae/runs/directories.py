@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pyrovae.data import Dataset
 from pyrovae.runs.config import Config
+from pyrovae.runtime.damage import RAISED_BY_DAMAGE
 from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.parts import TrustError
-from pyrovae.runtime.schemas import RAISED_BY_DAMAGE, Data, Settings, check, refused
+from pyrovae.runtime.schemas import Data, Settings, check, refused
 from pyrovae.runtime.versions import recorded
 from pyrovae.runtime.whole_files import WriteError, is_new
 

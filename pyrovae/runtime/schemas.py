@@ -7,10 +7,6 @@ dataclass that the file is of. Whatever is wrong becomes one line, which names t
 import contextlib
 import json
 import re
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import Annotated, Any, Literal, TypedDict, TypeVar
@@ -19,6 +15,7 @@ import msgspec
 from msgspec import Meta
 from torch import Tensor
 
+from pyrovae.runtime.damage import RAISED_BY_DAMAGE
 from pyrovae.runtime.inputs import MOST
 
 Count = Annotated[int, Meta(ge=0, le=MOST)]
@@ -27,25 +24,6 @@ Nats = Annotated[float, Meta(ge=-1e200, le=1e200)]  # finite, and with room for 
 _Word = Annotated[int, Meta(ge=0, lt=2**32)]
 _Place = Annotated[int, Meta(ge=0, le=624)]  # in the numbers of the generator, which numpy does not check
 T = TypeVar("T")
-
-# What readers of damaged files raise: of JSON, TOML, zip, `.npy`, pickles and images.
-RAISED_BY_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    UnpicklingError,
-    ValueError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class _Data(TypedDict):
