@@ -143,6 +143,13 @@ def test_commands_parse(page, tmp_path, monkeypatch):
             check_command(words)
 
 
+@each_page(PAGES)
+def test_commands_within_the_text_parse(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "faults")  # as for a program that lies there
+    for command in re.findall(r"`(python [\w/]+\.py [^`]+)`", without_blocks(page)):
+        check_command(shlex.split(command.replace("\n", " ")))
+
+
 def check_command(words: list[str]) -> None:
     if (arguments := arguments_of(words)) is not None:
         with main.make_context("cli.py", list(arguments)) as ctx:
@@ -200,10 +207,12 @@ def test_links_lead_somewhere(page):
 
 
 def anchors(page: Path) -> set[str]:
-    headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
-    )
+    headings = re.findall(r"^#+ (.*)$", without_blocks(page), re.MULTILINE)
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def test_readme_shows_pictures_that_are_there():
