@@ -1,5 +1,7 @@
 """Files that declare more than there is: refused in one line that names them, before anything is allocated."""
 
+import contextlib
+import ctypes
 import io
 import json
 import resource
@@ -202,6 +204,8 @@ def peak(work) -> int:
     """Bytes of main memory that a forked process takes for this at its peak, beyond what it began with."""
 
     def measure() -> None:
+        with contextlib.suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)  # or what earlier tests have freed is used again
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status("VmRSS")
         work()
@@ -238,7 +242,7 @@ def test_the_memory_that_is_computed_is_what_reading_takes(tmp_path, monkeypatch
         needed = _needed(declared_arrays(file))
     load_dataset("images.npz")  # what is imported and cached once
     taken = peak(lambda: load_dataset("images.npz"))
-    assert 0.85 * needed < taken < 1.1 * needed + 8e6
+    assert 0.85 * needed < taken < 1.1 * needed + 16e6  # small objects lie in the trimmed heap anew
 
 
 # Pictures

@@ -43,6 +43,13 @@ def _without_checks_of_shapes():
         yield
 
 
+def test_the_trace_alone_is_that_of_every_entry():
+    every, alone = (measured(OFF, Elbo(), draws=64, elementwise=elementwise) for elementwise in (True, False))
+    assert not alone.variance
+    assert every.traces["loc"] > 0
+    assert alone.traces == pytest.approx(every.traces, rel=1e-9)
+
+
 def test_statistics_of_given_draws_are_those_of_the_measurement():
     pair, x = OFF.pair(), torch.ones(1, 1, dtype=F64)
     (bias,) = (p for name, p in pair.named_parameters() if name == "encoder.bias")
