@@ -242,7 +242,8 @@ def test_the_memory_that_is_computed_is_what_reading_takes(tmp_path, monkeypatch
         needed = _needed(declared_arrays(file))
     load_dataset("images.npz")  # what is imported and cached once
     taken = peak(lambda: load_dataset("images.npz"))
-    assert 0.85 * needed < taken < 1.1 * needed + 16e6  # small objects lie in the trimmed heap anew
+    buffered = Path("images.npz").stat().st_size  # what is read may lie in a buffer besides
+    assert 0.85 * needed < taken < 1.1 * needed + buffered + 8e6
 
 
 # Pictures
