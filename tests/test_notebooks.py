@@ -62,6 +62,7 @@ def test_runs_briefly(path, tmp_path, monkeypatch):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_a_kernel_shows_the_figures(tmp_path):
     """Of the package too, which are no pyplot figures: without the magic only their names would be seen."""
     command = [sys.executable, "-c", KERNEL, str(NOTEBOOKS[0]), str(tmp_path)]
