@@ -17,6 +17,7 @@ from pyrovae.runtime import distributed
 from pyrovae.runtime.errors import FieldError
 from pyrovae.runtime.random_states import preserved_random_states
 from pyrovae.runtime.signals import DeferredSignals
+from pyrovae.runtime.texts import first_line
 from pyrovae.training.loop import Settings, Trainer, batch_sizes
 from pyrovae.training.progress import Fit, describe
 from pyrovae.vae import VAE
@@ -203,7 +204,7 @@ def check_trainable(vae: VAE, images: Images, estimator: Estimator, batch_size: 
             estimator.surrogate(estimator.draws(*copy.pair, observed)).sum().backward()
             copy.reconstruct(few.pixels, few.labels)  # as the figures will, when it is too late
     except ValueError as error:
-        first = str(error).splitlines()[0]  # without the shapes that Pyro appends
+        first = first_line(error)  # without the shapes that Pyro appends
         raise FieldError(first, field=getattr(error, "field", None)) from None
     except NotImplementedError:  # torch's word for what a distribution does not know
         raise ValueError("expected a guide whose q(z|x) has a mean, which stands for it, got none") from None

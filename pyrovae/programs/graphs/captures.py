@@ -10,12 +10,13 @@ import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
-from pyrovae.programs.graphs.comparisons import NotCaptured, compare, first_line
+from pyrovae.programs.graphs.comparisons import NotCaptured, compare
 from pyrovae.programs.graphs.guards import Guards
 from pyrovae.programs.graphs.noise import RESEEDED, Noise
 from pyrovae.programs.graphs.traces import Backend, Graph, inductor
 from pyrovae.programs.pairs import clones, copy, device_of, unchanged, unchanged_buffers
 from pyrovae.programs.references import Place, References, Snapshot, is_plain
+from pyrovae.runtime.texts import first_line
 
 MOST_GRAPHS = 16
 CHECKED = 2  # first calls of each graph that are compared with the function; then one at each doubling

@@ -33,8 +33,3 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
             raise NotCaptured(
                 f"result {number} of its graph is off by {off:.1e}, where the largest number is {size:.1e}"
             )
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

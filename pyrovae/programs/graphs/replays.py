@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pyrovae.programs.graphs.captures import CHECKED, Capture, CaptureWarning
-from pyrovae.programs.graphs.comparisons import NotCaptured, compare, first_line
+from pyrovae.programs.graphs.comparisons import NotCaptured, compare
 from pyrovae.programs.pairs import clones, copy, device_of
 from pyrovae.runtime.random_states import random_states, set_random_states
+from pyrovae.runtime.texts import first_line
 
 REPLAYED = 1e-3  # of the largest number
 UNRECORDED = CHECKED + 1  # calls on a GPU before the procedure is recorded

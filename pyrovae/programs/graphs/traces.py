@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyrovae.programs.graphs.comparisons import NotCaptured, first_line
+from pyrovae.programs.graphs.comparisons import NotCaptured
 from pyrovae.runtime.denormals import flushes_denormals
+from pyrovae.runtime.texts import first_line
 
 TOLERANCES = {  # of the largest number
     torch.float64: 1e-9,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrovae.runtime import locks
 from pyrovae.runtime.distributed.groups import LostProcess, rank, world
+from pyrovae.runtime.texts import first_line
 from pyrovae.runtime.whole_files import write_errors
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def watched() -> Iterator[None]:
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        reason = first_line(error).split(". ")[0]
         raise LostProcess(
             f"lost another process of the run, so that this one cannot go on ({reason}): "
             "resume the run, whose last checkpoint is whole"

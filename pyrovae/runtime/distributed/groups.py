@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pyrovae.runtime.errors import FieldError
+from pyrovae.runtime.texts import first_line
 
 PATIENCE = timedelta(minutes=30)  # for what the others do, the first's validation say, before it is an error
 _NEEDED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # variables; below, how such begin
@@ -46,7 +47,7 @@ def joined() -> Iterator[None]:
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise LostProcess(f"expected {os.environ['WORLD_SIZE']} processes to meet, got: {reason}") from None
     yield
     dist.destroy_process_group()
