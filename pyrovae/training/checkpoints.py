@@ -79,8 +79,8 @@ def load_checkpoint(
     Args:
         path: The file.
         device: Where its tensors go.
-        contents: What is in the file, which then need not be at hand.
-        holds: What is to be in it, a type of `schemas`.
+        contents: The bytes of the file, which then need not be at hand.
+        holds: The type in `schemas` that it must fit.
 
     Raises:
         CheckpointError: No such file, a damaged one, or one of another program.

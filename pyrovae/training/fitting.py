@@ -57,16 +57,16 @@ def fit(
     and all return the same. A signal to one of them stops all after the next batch.
 
     Args:
-        vae: What is trained, in place.
+        vae: The model, which is trained in place.
         train: The images to fit.
         validation: The images that decide which parameters are the best, and when to stop.
-        estimator: What is maximised; `Elbo()` if None.
+        estimator: Its bound is maximised; `Elbo()` if None.
         epochs: Passes over the training images.
         batch_size: Images per step, of all processes; a last batch of one image joins the one before it.
         lr: Adam's learning rate.
         kl_warmup: Epochs over which the weight of the KL rises linearly to the VAE's beta.
         patience: Stop after this many epochs without a better validation objective; None never does.
-        seed: Of the data order, the noise and stochastic binarization.
+        seed: Seeds the data order, the noise and stochastic binarization.
         directory: Where to save; None to save nothing.
         resume: Continue from the directory's checkpoint, bit-identically (on a CPU, and on as many
             processes) to a run that was never interrupted. Every other argument must be what it was;

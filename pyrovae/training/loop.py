@@ -66,9 +66,9 @@ class Trainer:
         1
 
     Args:
-        vae: What is trained, in place.
+        vae: The model, which is trained in place.
         train, validation: Images on the VAE's device.
-        estimator: What is maximised.
+        estimator: Its bound is maximised.
         settings: How.
         directory: Where to save; None to save nothing.
 

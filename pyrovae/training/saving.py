@@ -33,8 +33,8 @@ class RunFiles:
         """Writes best.pt, metrics.jsonl and checkpoint.pt, in this order, each as a whole or not at all.
 
         Args:
-            state: What all processes share.
-            own: What is each process's own.
+            state: The part that all processes share.
+            own: The part that each process has for itself.
             row: The metrics of the epoch that has just ended, if one has.
             best: Whether that epoch is the best so far.
 

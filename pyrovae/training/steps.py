@@ -27,8 +27,8 @@ class TrainingStep(abc.ABC):
 
     Args:
         vae: Trained in place.
-        estimator: What is maximised.
-        optimizer: Of the VAE's parameters.
+        estimator: Its bound is maximised.
+        optimizer: Holds the VAE's parameters.
         sums: The TERMS of the epoch so far, summed over its images, float64.
     """
 
@@ -130,7 +130,10 @@ class CompiledStep(TrainingStep):
         return [*self.vae.parameters(), *self.vae.buffers(), *of_optimizer, self.sums]
 
     def _judged(self) -> list[list[Tensor]]:
-        """What tells a step: not the parameters, for Adam makes whole steps of what is only rounding."""
+        """The tensors by which two steps are compared.
+
+        Parameters are left out, because Adam makes whole steps of what is only rounding.
+        """
         states = self.optimizer.state.values()
         of_optimizer = [[state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq")]
         return [*of_optimizer, list(self.vae.buffers()), [self.sums]]
@@ -161,7 +164,7 @@ class _Terms:
 
 
 class _Surrogate(nn.Module):
-    """What is differentiated, of observations, and its draws: as a forward pass, which PyTorch can wrap."""
+    """Gives the surrogate of observations, and its draws, as a forward pass, which PyTorch can wrap."""
 
     def __init__(self, vae: VAE, estimator: Estimator):
         super().__init__()
